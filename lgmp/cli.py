@@ -1,0 +1,195 @@
+"""The commands: `lgmp run`, `lgmp demo`, `lgmp doctor`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from lgmp import __version__
+from lgmp.errors import LgmpError
+from lgmp.hosts.choice import HOSTS
+
+_DESCRIPTION = """\
+lgmp launches lguest guests: 32-bit Linux kernels built with CONFIG_LGUEST_GUEST.
+It needs no root and no kernel module, and every device of a guest is a process of its own.
+
+commands:
+  run     boot a kernel: lgmp run [options] MEM KERNEL [ARG...]
+  demo    boot the bundled test guest with a scratch disk, and show what runs where
+  doctor  say what this machine can do, and what to do about the rest
+
+`lgmp COMMAND --help` says more.
+"""
+
+_RUN_EPILOG = """\
+examples:
+  lgmp run 64 vmlinux --initrd initrd.gz console=hvc0
+  lgmp run 64M bzImage --block disk.img root=/dev/vda console=hvc0
+  lgmp run 256 vmlinux --block root.img,ro --block scratch.img -- root=/dev/vda ro -s
+
+The guest's console is this terminal: what you type goes to the guest, ^C included. Three ^C within a second end
+the guest. Options may stand before or after MEM and KERNEL; what follows `--` goes to the kernel untouched.
+
+exit status:
+  0      the guest powered off
+  1      the guest died, or could not start: one line on stderr says why
+  2      three ^C
+  128+N  signal N ended the launcher
+"""
+
+_DEMO_DESCRIPTION = """\
+Boot the test guest that comes with lgmp, with a scratch disk, and say which process does what.
+With a terminal you get the guest's prompt (`help` lists its commands, `poweroff` ends it). Without one
+(lgmp demo </dev/null) the guest checks itself and its disk, and the exit status is the result.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that exits with 1 for what it does not understand, since 2 means three ^C."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(1, f"lgmp: {message}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that `argv` (default: the process's own arguments) names; gives its exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if words and words[0] in _COMMANDS:
+            return _COMMANDS[words[0]](words[1:])
+        _top_parser().parse_args(words)
+    except LgmpError as error:
+        print(f"lgmp: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        # Whoever read our stdout has gone; so that Python does not complain of it while it exits:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    return 1
+
+
+def _top_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="lgmp",
+        usage="lgmp COMMAND ...",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"lgmp {__version__}")
+    parser.add_argument("command", choices=sorted(_COMMANDS), metavar="COMMAND", help=argparse.SUPPRESS)
+    return parser
+
+
+def run_parser() -> argparse.ArgumentParser:
+    """The parser of `lgmp run`."""
+    parser = _Parser(
+        prog="lgmp run",
+        usage="lgmp run [options] MEM KERNEL [ARG...]",
+        description="Boot an lguest kernel.",
+        epilog=_RUN_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("memory", metavar="MEM", help="memory of the guest: 64 is MiB, also 64M, 1G")
+    parser.add_argument("kernel", metavar="KERNEL", help="vmlinux (ELF) or bzImage, i386, CONFIG_LGUEST_GUEST=y, no PAE")
+    parser.add_argument("arguments", metavar="ARG", nargs="*", help="kernel arguments, for example console=hvc0")
+    parser.add_argument(
+        "--block",
+        action="append",
+        default=[],
+        metavar="FILE[,ro]",
+        help="a disk, file or block device; the first is vda; with ,ro the guest may only read it",
+    )
+    parser.add_argument("--initrd", metavar="FILE", help="the initial RAM disk")
+    parser.add_argument(
+        "--host",
+        choices=HOSTS,
+        default="auto",
+        help="what runs the guest: the kernel's /dev/lguest (not there yet) or the embedded host (default: what is there)",
+    )
+    parser.add_argument("--name", help="what to call the guest in ps (default: the kernel's name and our process id)")
+    parser.add_argument("-v", "--verbose", action="store_true", help="say what is laid out where, on stderr")
+    return parser
+
+
+def _run(words: Sequence[str]) -> int:
+    # Imported here, so that --help and doctor work where the rest cannot.
+    from lgmp.launcher import BlockOption, GuestOptions  # noqa: PLC0415
+    from lgmp.loader.memory_size import check_memory_size, parse_memory_size  # noqa: PLC0415
+
+    ours, separator, kernels = _partition(words, "--")
+    arguments = run_parser().parse_intermixed_args(ours)
+    memory_bytes = parse_memory_size(arguments.memory)
+    check_memory_size(memory_bytes)
+    name = arguments.name
+    if name is not None and not name.isprintable():
+        raise LgmpError(f"{name!r} cannot be a guest's name: use printable characters")
+    blocks = []
+    for text in arguments.block:
+        path, comma, suffix = text.rpartition(",")
+        blocks.append(BlockOption(path, True) if comma and suffix == "ro" else BlockOption(text))
+    options = GuestOptions(
+        memory_bytes=memory_bytes,
+        kernel=arguments.kernel,
+        arguments=(*arguments.arguments, *(kernels if separator else ())),
+        initrd=arguments.initrd,
+        blocks=tuple(blocks),
+        host=arguments.host,
+        name=name,
+        verbose=arguments.verbose,
+    )
+    return finish(options)
+
+
+def _partition(words: Sequence[str], separator: str) -> tuple[Sequence[str], bool, Sequence[str]]:
+    if separator not in words:
+        return words, False, ()
+    at = words.index(separator)
+    return words[:at], True, words[at + 1 :]
+
+
+def finish(options: object) -> int:
+    """Launch a guest; say how it ended, or start it again if that is what it wanted; gives the exit status."""
+    from lgmp.launcher import GuestOptions, launch  # noqa: PLC0415
+
+    assert isinstance(options, GuestOptions)
+    end = launch(options)
+    if end.message is not None:
+        print(f"lgmp: {end.message}", file=sys.stderr)
+    if end.reboot:
+        # As every lguest launcher: the same process, the same arguments, from the start.
+        sys.stderr.flush()
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    return end.code
+
+
+def _demo(words: Sequence[str]) -> int:
+    _Parser(
+        prog="lgmp demo",
+        usage="lgmp demo",
+        description=_DEMO_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args(words)
+    from lgmp.demo import demo  # noqa: PLC0415
+
+    return demo()
+
+
+def _doctor(words: Sequence[str]) -> int:
+    _Parser(
+        prog="lgmp doctor",
+        usage="lgmp doctor",
+        description="Say what this machine can do for lgmp, each line with the remedy. Exits with 1 where no guest can run.",
+    ).parse_args(words)
+    from lgmp.doctor import doctor  # noqa: PLC0415
+
+    return doctor()
+
+
+_COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"run": _run, "demo": _demo, "doctor": _doctor}
+
+if __name__ == "__main__":
+    sys.exit(main())

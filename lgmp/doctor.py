@@ -1,0 +1,129 @@
+"""`lgmp doctor`: what this machine can do, and what to do about what it cannot."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from lgmp.errors import LgmpError
+from lgmp.hosts.choice import LGUEST_DEVICE
+from lgmp.mailbox import MAILBOX_MESSAGE_BYTES, MAILBOX_MESSAGES, MQUEUE_DIRECTORY, Mailbox, queue_name
+from lgmp.memory import GuestMemory
+
+_MQUEUE_LIMITS = Path("/proc/sys/fs/mqueue")
+_TUN_DEVICE = "/dev/net/tun"
+# What the kernel counts for a queue besides its messages' bytes: mq_overview(7), RLIMIT_MSGQUEUE in getrlimit(2).
+_BYTES_PER_MESSAGE = 8 + 48
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line: what was looked at, whether it is fine, what was found; `remedy` where it is not. `needed`: no guest runs without."""
+
+    what: str
+    fine: bool
+    found: str
+    remedy: str = ""
+    needed: bool = False
+
+    def __str__(self) -> str:
+        mark = "ok  " if self.fine else ("FAIL" if self.needed else "note")
+        return f"{mark}  {self.what}: {self.found}" + (f"; {self.remedy}" if self.remedy and not self.fine else "")
+
+
+def doctor() -> int:
+    """Print the findings; gives 1 where one that guests need is bad."""
+    findings = list(examine())
+    for finding in findings:
+        print(finding)
+    return 1 if any(finding.needed and not finding.fine for finding in findings) else 0
+
+
+def examine() -> Iterator[Finding]:
+    """Everything there is to know, in the order in which it matters."""
+    yield Finding(
+        "machine",
+        platform.machine() == "x86_64" and sys.platform == "linux",
+        f"{platform.system()} {platform.release()} on {platform.machine()}, Python {platform.python_version()}",
+        "lgmp needs Linux on x86-64",
+        needed=True,
+    )
+    yield _try("guest memory", "sealed memfd, mapped shared", _guest_memory)
+    yield _try("embedded host", "Unicorn is there and its CPU state is where it should be", _embedded_host)
+    yield Finding(
+        "kernel host",
+        False,
+        f"{LGUEST_DEVICE} is there" if os.path.exists(LGUEST_DEVICE) else f"no {LGUEST_DEVICE}",
+        "nothing to do: guests run on the embedded host (lgmp cannot use the kernel's yet)",
+    )
+    yield _try("message queues", "can be made", _message_queue)
+    yield from _message_queue_limits()
+    mounted = os.path.isdir(MQUEUE_DIRECTORY)
+    yield Finding(
+        "queue file system",
+        mounted,
+        f"{MQUEUE_DIRECTORY} is {'' if mounted else 'not '}mounted",
+        "only what a killed launch left behind is swept by it: mount -t mqueue none /dev/mqueue",
+    )
+    yield Finding(
+        "network device",
+        os.access(_TUN_DEVICE, os.R_OK | os.W_OK),
+        f"{_TUN_DEVICE} " + ("can be opened" if os.access(_TUN_DEVICE, os.R_OK | os.W_OK) else "cannot be opened"),
+        "lgmp has no network devices yet, nothing to do",
+    )
+    cores = len(os.sched_getaffinity(0))
+    yield Finding("processors", cores > 1, f"{cores} usable", "guests and their devices take turns on one")
+
+
+def _try(what: str, found: str, attempt: Callable[[], None]) -> Finding:
+    try:
+        attempt()
+    except (LgmpError, OSError) as error:
+        return Finding(what, False, str(error), needed=True)
+    return Finding(what, True, found, needed=True)
+
+
+def _guest_memory() -> None:
+    with GuestMemory.create(1 << 20):
+        pass
+
+
+def _embedded_host() -> None:
+    from lgmp.hosts.embedded.cpu import Cpu  # noqa: PLC0415 - what it needs may be missing, which is the question
+
+    with GuestMemory.create(1 << 20) as memory:
+        cpu = Cpu(memory.view, 1 << 20)
+        cpu.close()
+
+
+def _message_queue() -> None:
+    mailbox = Mailbox.create(queue_name(os.getpid(), "doctor"), MAILBOX_MESSAGES, MAILBOX_MESSAGE_BYTES)
+    mailbox.unlink()
+    mailbox.close()
+
+
+def _message_queue_limits() -> Iterator[Finding]:
+    limit, _hard = resource.getrlimit(resource.RLIMIT_MSGQUEUE)
+    per_queue = MAILBOX_MESSAGES * (MAILBOX_MESSAGE_BYTES + _BYTES_PER_MESSAGE)
+    unlimited = limit == resource.RLIM_INFINITY
+    devices = 999 if unlimited else limit // per_queue
+    yield Finding(
+        "bytes in message queues",
+        devices >= 32,
+        "no limit" if unlimited else f"{limit} for this user, enough for about {devices} devices at once",
+        "raise it: ulimit -q 819200, or a line `msgqueue` in /etc/security/limits.conf",
+    )
+    for name, least, meaning in (("queues_max", 32, "queues"), ("msg_max", 10, "messages in a queue")):
+        try:
+            value = int((_MQUEUE_LIMITS / name).read_text())
+        except (OSError, ValueError) as error:
+            yield Finding(meaning, False, f"cannot read {_MQUEUE_LIMITS / name}: {error}")
+            continue
+        yield Finding(
+            meaning, value >= least, f"{value} at most (fs.mqueue.{name})", f"sysctl fs.mqueue.{name}={least} as root"
+        )

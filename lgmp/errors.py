@@ -1,0 +1,15 @@
+"""What lgmp says when it cannot go on: one clear line that names the remedy."""
+
+from __future__ import annotations
+
+
+class LgmpError(Exception):
+    """A condition the user can understand and mend.
+
+    The command line prints it as one line, `lgmp: <message>`, and exits with 1; it never becomes a
+    traceback. The message therefore says what is wrong and, where there is one, what to do about it.
+    """
+
+
+class GuestDied(LgmpError):
+    """The guest is dead, killed by the host for what it did or by its own hand; the message is the reason."""

@@ -1,0 +1,84 @@
+"""A few bytes of machine code that Unicorn calls where a Python function cannot be.
+
+Some instructions must end in a fault: `in` and `out` from ring 3, sysenter and syscall from any ring. Unicorn
+calls a hook for each from the middle of a translated block and then goes on with the block, so the fault has to be
+raised inside the hook, and Unicorn's way to raise one is a longjmp, which must not cross a Python frame. Hence
+hooks in machine code (x86-64, the System V calling convention): they look at the CPU's privilege level and
+either answer or jump to Unicorn's own raise_exception_err(env, trap, error code).
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+
+from lgmp.hosts.embedded import abi
+
+_RDI_ENV_FROM = {"rsi": b"\x48\x89\xf7", "rcx": b"\x48\x89\xcf", "r8": b"\x4c\x89\xc7"}
+
+
+def _raise(env_register: str, trap: int, raise_exception_err: int) -> bytes:
+    """mov rdi, env; mov esi, trap; xor edx, edx; mov rax, raise_exception_err; jmp rax."""
+    return (
+        _RDI_ENV_FROM[env_register]
+        + b"\xbe"
+        + struct.pack("<I", trap)
+        + b"\x31\xd2\x48\xb8"
+        + struct.pack("<Q", raise_exception_err)
+        + b"\xff\xe0"
+    )
+
+
+def _port(env_register: str, load_flags: bytes, hflags_offset: int, raise_exception_err: int) -> bytes:
+    """Ring 3 gets #GP(0); for others nothing is there: all ones are read and what is written goes nowhere."""
+    answer = b"\xb8\xff\xff\xff\xff\xc3"  # mov eax, -1; ret
+    return (
+        load_flags
+        + struct.pack("<I", hflags_offset)  # mov eax, [env + hflags]
+        + b"\x83\xe0\x03\x83\xf8\x03\x74"  # and eax, 3; cmp eax, 3; je over the answer
+        + bytes([len(answer)])
+        + answer
+        + _raise(env_register, abi.TRAP_GENERAL_PROTECTION, raise_exception_err)
+    )
+
+
+class Thunks:
+    """The hooks, in a page of their own that is executable and no longer writable once made.
+
+    `port_in`, `port_out`, `syscall` and `sysenter` are addresses for uc_hook_add with the CPU's state (env) as
+    user data; `read_tsc` is the address of a function without arguments that gives the host's time-stamp counter.
+    """
+
+    def __init__(self, raise_exception_err: int, hflags_offset: int) -> None:
+        """Write the code; `raise_exception_err`: the address of Unicorn's function, `hflags_offset`: bytes into env."""
+        pieces = {
+            # uc_cb_insn_in_t(uc, port, size, env): env in rcx
+            "port_in": _port("rcx", b"\x8b\x81", hflags_offset, raise_exception_err),
+            # uc_cb_insn_out_t(uc, port, size, value, env): env in r8
+            "port_out": _port("r8", b"\x41\x8b\x80", hflags_offset, raise_exception_err),
+            # uc_cb_insn_syscall_t(uc, env): env in rsi. A 32-bit Intel CPU does not know syscall; sysenter is
+            # switched off by lguest hosts (its code segment is 0), which makes it a general protection fault.
+            "syscall": _raise("rsi", abi.TRAP_INVALID_OPCODE, raise_exception_err),
+            "sysenter": _raise("rsi", abi.TRAP_GENERAL_PROTECTION, raise_exception_err),
+            # rdtsc; shl rdx, 32; or rax, rdx; ret
+            "read_tsc": b"\x0f\x31\x48\xc1\xe2\x20\x48\x09\xd0\xc3",
+        }
+        self._page = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+        base = _address_of(self._page)
+        addresses = {}
+        offset = 0
+        for name, code in pieces.items():
+            self._page[offset : offset + len(code)] = code
+            addresses[name] = base + offset
+            offset += (len(code) + 15) & ~15
+        self.port_in = addresses["port_in"]
+        self.port_out = addresses["port_out"]
+        self.syscall = addresses["syscall"]
+        self.sysenter = addresses["sysenter"]
+        self.read_tsc = addresses["read_tsc"]
+
+
+def _address_of(page: mmap.mmap) -> int:
+    import ctypes  # noqa: PLC0415 - here, so that the encoding above stays importable without it
+
+    return ctypes.addressof(ctypes.c_char.from_buffer(page))

@@ -1,0 +1,335 @@
+"""Builds a guest from its arguments and runs it to its end.
+
+Two threads: the main thread runs the guest, takes its notifications and sends its interrupts; the waker sleeps on
+the workers and on signals, and breaks the guest out when there is an interrupt to send or the end has come.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from lgmp import hosts
+from lgmp.bus import BusDevice, LguestBus, QueueNotify, StatusNotify
+from lgmp.disk import Disk
+from lgmp.errors import LgmpError
+from lgmp.hosts import choice
+from lgmp.loader import LoadedGuest, load_guest
+from lgmp.mailbox import sweep_stale_queues
+from lgmp.memory import GuestMemory
+from lgmp.supervisor import Supervisor, Worker, WorkerSpecification
+from lgmp.terminal import RawTerminal
+from lgmp.virtio import block as virtio_block
+from lgmp.virtio import console as virtio_console
+from lgmp.virtio import ids
+from lgmp.virtio.ring import VringLayout
+from lgmp.waker import Waker
+
+EXIT_POWERED_OFF = 0
+EXIT_FAILED = 1
+EXIT_QUIT = 2
+
+# What a guest's power-off looks like to its host (LHCALL_SHUTDOWN with this text); any other text is a crash.
+POWER_DOWN = "CRASH: Power down"
+
+# A guest that a signal or three ^C end gets this long, in seconds, for its workers to finish.
+_PATIENCE = 2.0
+
+_ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockOption:
+    """One `--block`: the file or block device, and whether the guest may only read it."""
+
+    path: str
+    read_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GuestOptions:
+    """What to launch; `memory_bytes` is RAM in bytes, whole pages; `on_running` is called before the guest's first instruction."""
+
+    memory_bytes: int
+    kernel: str
+    arguments: tuple[str, ...] = ()
+    initrd: str | None = None
+    blocks: tuple[BlockOption, ...] = ()
+    host: str = "auto"
+    name: str | None = None
+    verbose: bool = False
+    on_running: Callable[[Running], None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """What runs, as soon as it does: `workers` are (device name, process id)."""
+
+    workers: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """How a launch ended: the exit code, and what to say, if anything. `reboot`: the guest wants to be started again."""
+
+    code: int
+    message: str | None = None
+    patience: float | None = None
+    reboot: bool = False
+
+
+def launch(options: GuestOptions) -> End:
+    """Run a guest to its end. Raises LgmpError where it cannot start; nothing is left behind either way."""
+    with contextlib.ExitStack() as stack:
+        return Launch(options, stack).run()
+
+
+class Launch:
+    """One guest, from its options to its end. What must be undone is on the stack that it is given."""
+
+    def __init__(self, options: GuestOptions, stack: contextlib.ExitStack) -> None:
+        """Nothing happens yet."""
+        self._options = options
+        self._stack = stack
+        self._end: End | None = None
+        self._host: hosts.Host | None = None
+        self._name = options.name or f"{os.path.basename(options.kernel)}-{os.getpid()}"
+        self._say: Callable[[str], None] = _say if options.verbose else _say_nothing
+
+    def run(self) -> End:
+        """Build the guest, run it, take it down."""
+        options, stack = self._options, self._stack
+        kind = choice.choose(options.host)
+        sweep_stale_queues()
+        disks = [stack.enter_context(Disk.open(block.path, read_only=block.read_only)) for block in options.blocks]
+        memory = stack.enter_context(GuestMemory.create(options.memory_bytes))
+        self._memory = memory
+        bus = LguestBus(memory)
+        self._bus = bus
+        # Before the workers, which start while the kernel is loaded; the guest sees neither until it runs.
+        waker = Waker()
+        self._supervisor = supervisor = Supervisor(
+            memory,
+            self._name,
+            waker,
+            on_used=self._break_in,
+            on_quit=lambda: self._finish(End(EXIT_QUIT, patience=_PATIENCE)),
+            on_failure=self._fail,
+        )
+        stack.callback(supervisor.close)
+        self._catch_signals(waker)
+        # Last, so that it is closed first: nothing that it watches goes away under it.
+        stack.callback(waker.close)
+        terminal = RawTerminal.enter(sys.stdin.fileno()) if sys.stdin else None
+        if terminal is not None:
+            stack.callback(terminal.restore)
+        self._add_devices(bus, disks, terminal)
+        _set_title(f"lgmp: {os.path.basename(options.kernel)} {options.memory_bytes >> 20}M ({self._name})")
+        loaded = load_guest(memory, options.kernel, options.initrd, options.arguments)
+        self._describe(bus, loaded, kind)
+        host = choice.make(kind, memory, bus.guest_limit, loaded.entry)
+        self._host = host
+        stack.callback(host.close)
+        waker.start()
+        if options.on_running is not None:
+            options.on_running(
+                Running(tuple((worker.device.name, worker.process.pid) for worker in supervisor.workers))
+            )
+        end = self._run_guest(host)
+        self._end = self._end or end
+        supervisor.stop(end.patience)
+        return end if self._end is end or end.code != EXIT_POWERED_OFF else self._end
+
+    def _add_devices(self, bus: LguestBus, disks: Sequence[Disk], terminal: RawTerminal | None) -> None:
+        """Devices in the order of the command line, the console last, as every lguest launcher had them."""
+        for number, disk in enumerate(disks):
+            name = f"vd{_letters(number)}"
+            device = bus.add_device(
+                ids.VIRTIO_ID_BLOCK,
+                name,
+                [ids.VIRTQUEUE_NUM],
+                virtio_block.features(disk.read_only),
+                virtio_block.config_space(disk.sectors, ids.VIRTQUEUE_NUM),
+            )
+            read_only = ("--read-only",) if disk.read_only else ()
+            self._start(
+                device,
+                WorkerSpecification(
+                    "workers.block",
+                    (*read_only, "--disk-fd", str(disk.descriptor), "--", disk.path),
+                    (disk.descriptor,),
+                ),
+            )
+        device = bus.add_device(
+            ids.VIRTIO_ID_CONSOLE, "console", [ids.VIRTQUEUE_NUM, ids.VIRTQUEUE_NUM], virtio_console.features(), b""
+        )
+        restore = ("--restore-termios", terminal.to_argument()) if terminal else ()
+        self._start(device, WorkerSpecification("workers.console", restore, has_terminal=True))
+
+    def _start(self, device: BusDevice, specification: WorkerSpecification) -> None:
+        worker = self._supervisor.start(device, specification)
+        self._say(f"device {device.index}: {device.name} pid={worker.process.pid}")
+        for number, queue in enumerate(device.queues):
+            self._say(f"virtqueue {device.name}.{number}: irq={queue.irq} page={queue.pfn << 12:#x} num={queue.num}")
+
+    def _describe(self, bus: LguestBus, loaded: LoadedGuest, kind: str) -> None:
+        for what, address, size in loaded.segments:
+            self._say(f"{what}: address={address:#x} size={size:#x}")
+        self._say(f"guest {self._name}: memory=0x0-{bus.guest_limit:#x} entry={loaded.entry:#x} host={kind}")
+
+    def _run_guest(self, host: hosts.Host) -> End:
+        while True:
+            event = host.run()
+            match event:
+                case hosts.Notify():
+                    self._notified(event.address)
+                case hosts.Break():
+                    self._send_interrupts(host)
+                case hosts.Died():
+                    if event.reason == POWER_DOWN:
+                        self._say(f"guest {self._name}: powered off")
+                        return End(EXIT_POWERED_OFF)
+                    return End(EXIT_FAILED, _printable(event.reason))
+                case hosts.Reboot():
+                    self._say(f"guest {self._name}: reboot")
+                    return End(EXIT_POWERED_OFF, reboot=True)
+            if self._end is not None:
+                return self._end
+
+    def _notified(self, address: int) -> None:
+        target = self._bus.find(address)
+        match target:
+            case QueueNotify():
+                if target.device.status == 0:
+                    _say(f"{target.device.name} gave early output")
+                    return
+                self._supervisor.kick(self._worker_of(target.device))
+            case StatusNotify():
+                worker = self._worker_of(target.device)
+                if target.device.status == 0:
+                    self._reset(worker)
+                else:
+                    self._supervisor.negotiated(worker)
+            case None:
+                self._early_console(address)
+
+    def _reset(self, worker: Worker) -> None:
+        self._say(f"device {worker.device.index}: {worker.device.name} reset")
+        if self._supervisor.reset(worker):
+            worker.device.reset()
+
+    def _early_console(self, address: int) -> None:
+        """Before it has a console the guest notifies the address of NUL-terminated text."""
+        limit = self._bus.guest_limit
+        if address >= limit:
+            self._finish(End(EXIT_FAILED, f"Bad NOTIFY {address:#x}"))
+            return
+        end = self._memory.map.find(b"\0", address, limit)
+        _write_out(self._memory.view[address : end if end >= 0 else limit])
+
+    def _send_interrupts(self, host: hosts.Host) -> None:
+        """Interrupts for the rings that got used elements, decided here, where the guest stands still."""
+        used = self._supervisor.used
+        while used:
+            index, number = used.pop()
+            queue = self._bus.devices[index].queues[number]
+            avail = VringLayout.legacy(queue.num, queue.address).avail
+            flags = int.from_bytes(self._memory.view[avail : avail + 2], "little")
+            if not flags & ids.VRING_AVAIL_F_NO_INTERRUPT:
+                host.irq(queue.irq)
+
+    def _worker_of(self, device: BusDevice) -> Worker:
+        return self._supervisor.workers[device.index]
+
+    def _break_in(self) -> None:
+        if self._host is not None:
+            self._host.break_in()
+
+    def _finish(self, end: End) -> None:
+        """From any thread: the guest has to end. The first word counts."""
+        if self._end is None:
+            self._end = end
+        self._break_in()
+
+    def _fail(self, text: str) -> None:
+        self._finish(End(EXIT_FAILED, text, patience=_PATIENCE))
+
+    def _catch_signals(self, waker: Waker) -> None:
+        """Have the waker hear of signals; Python's own handlers would wait for the guest's thread."""
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        theirs.setblocking(False)
+        self._stack.callback(ours.close)
+        self._stack.callback(theirs.close)
+
+        def caught() -> None:
+            for number in ours.recv(64):
+                if number in _ENDING_SIGNALS:
+                    if self._end is not None:
+                        self._supervisor.kill()
+                    self._finish(End(128 + number, patience=_PATIENCE))
+
+        waker.watch(ours.fileno(), caught)
+        old_descriptor = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+        self._stack.callback(signal.set_wakeup_fd, old_descriptor)
+        for number in _ENDING_SIGNALS:
+            if signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup: whoever started us wants it so
+            old = signal.signal(number, _take_note)
+            self._stack.callback(signal.signal, number, old)
+
+
+def _take_note(_number: int, _frame: object) -> None:
+    """The number is in the wakeup descriptor already."""
+
+
+def _letters(number: int) -> str:
+    """The letters of a disk: a, b, ... z, aa, ab, ... as Linux names them."""
+    letters = ""
+    number += 1
+    while number:
+        number, digit = divmod(number - 1, 26)
+        letters = chr(ord("a") + digit) + letters
+    return letters
+
+
+def _printable(text: str) -> str:
+    """A guest's text for a terminal: one line, nothing that a terminal would obey."""
+    line = " ".join(text.split())
+    return "".join(character if character.isprintable() else f"\\x{ord(character):02x}" for character in line)
+
+
+def _write_out(data: memoryview) -> None:
+    """All of it to stdout; output that nobody can have any more is dropped."""
+    while data:
+        try:
+            data = data[os.write(1, data) :]
+        except BlockingIOError:
+            _wait_for_stdout()
+        except OSError:
+            return
+
+
+def _wait_for_stdout() -> None:
+    import select  # noqa: PLC0415
+
+    select.select([], [1], [])
+
+
+def _say(text: str) -> None:
+    print(f"lgmp: {text}", file=sys.stderr, flush=True)
+
+
+def _say_nothing(text: str) -> None:
+    pass
+
+
+def _set_title(title: str) -> None:
+    from setproctitle import setproctitle  # noqa: PLC0415 - it is slow to load, and the guest can be loaded meanwhile
+
+    setproctitle(title)

@@ -1,0 +1,210 @@
+"""The message queues between the launcher and its workers, and what is said over them.
+
+One queue per worker carries what the launcher tells it; one queue, the completion queue, carries what all
+workers tell the launcher. A message is a msgpack array of small integers (and one short text), never guest
+data. Kicks are level-triggered: a full mailbox means that a message is waiting, and a worker looks at all its
+rings after every message, so a kick that finds no room need not be sent.
+
+Names exist only while a worker starts: both ends hold a queue by its descriptor, and the launcher unlinks the
+name once the worker has said READY, so that nothing is left behind even when everything is killed at once.
+"""
+
+from __future__ import annotations
+
+import os
+from enum import IntEnum
+
+import msgpack
+import posix_ipc
+
+from lgmp.errors import LgmpError
+
+# Where Linux shows message queues as files, when mounted (mq_overview(7)).
+MQUEUE_DIRECTORY = "/dev/mqueue"
+NAME_PREFIX = "lgmp."
+
+# RLIMIT_MSGQUEUE is 800 KiB a user and fs.mqueue.msg_max 10 messages a queue: both stay small.
+MAILBOX_MESSAGES = 8
+MAILBOX_MESSAGE_BYTES = 64
+COMPLETION_MESSAGES = 10
+COMPLETION_MESSAGE_BYTES = 512
+
+
+class ToWorker(IntEnum):
+    """What the launcher tells a worker; the first element of each message."""
+
+    KICK = 1  # [KICK]: look at your rings
+    RESET = 2  # [RESET]: the guest reset the device; stop touching its rings, start from position 0, say RESET_DONE
+    STOP = 3  # [STOP]: finish what is in the rings, then exit with 0
+
+
+class ToLauncher(IntEnum):
+    """What a worker tells the launcher; each message is [kind, device index, ...]."""
+
+    READY = 1  # [READY, device]: started; the names of its queues are needed no more
+    USED = 2  # [USED, device, queue]: used elements were added to that ring
+    RESET_DONE = 3  # [RESET_DONE, device]
+    QUIT = 4  # [QUIT, device]: the user asked for the end of the guest (three ^C)
+    FAILED = 5  # [FAILED, device, text]: the device cannot go on; the worker exits after this
+
+
+def queue_name(launcher_pid: int, what: str) -> str:
+    """The name of a queue of the launcher with that process id, as for mq_open(3)."""
+    return f"/{NAME_PREFIX}{launcher_pid}.{what}"
+
+
+def pack(*message: int | str) -> bytes:
+    """A message as bytes."""
+    packed: bytes = msgpack.packb(message)
+    return packed
+
+
+def unpack(raw: bytes) -> list[int | str]:
+    """A message from bytes; the sender is not trusted.
+
+    Raises ValueError where `raw` is not a non-empty msgpack array of integers and strings that begins with an integer.
+    """
+    try:
+        message = msgpack.unpackb(raw, max_array_len=8, max_map_len=0, max_ext_len=0, max_bin_len=0)
+    except Exception as error:  # msgpack raises a dozen kinds, and what it is does not matter
+        raise ValueError(f"not a message: {raw[:32]!r}") from error
+    # type() and not isinstance(): a bool is no integer here.
+    if type(message) is not list or not message or type(message[0]) is not int:
+        raise ValueError(f"not a message: {raw[:32]!r}")
+    if not all(type(element) in (int, str) for element in message):
+        raise ValueError(f"not a message: {raw[:32]!r}")
+    return message
+
+
+def unlink(name: str) -> bool:
+    """Take the name of a queue away; False where there is none, or it is another user's."""
+    try:
+        posix_ipc.unlink_message_queue(name)
+    except (posix_ipc.ExistentialError, posix_ipc.PermissionsError):
+        return False
+    return True
+
+
+class Mailbox:
+    """One end of a message queue. `fileno()` can be polled for readability."""
+
+    def __init__(self, queue: posix_ipc.MessageQueue, name: str) -> None:
+        """Take an open queue; `create` and `open` are what callers want."""
+        self._queue = queue
+        self.name = name
+
+    @classmethod
+    def create(cls, name: str, messages: int, message_bytes: int) -> Mailbox:
+        """Make the queue `name` for `messages` messages of at most `message_bytes` bytes, readable and writable by its owner alone.
+
+        Raises LgmpError where the system's or the user's limits forbid it. A leftover of the same name (from a
+        process that had this process id before) is replaced.
+        """
+        options = {"max_messages": messages, "max_message_size": message_bytes, "mode": 0o600}
+        try:
+            try:
+                queue = posix_ipc.MessageQueue(name, posix_ipc.O_CREX, **options)
+            except posix_ipc.ExistentialError:
+                posix_ipc.unlink_message_queue(name)
+                queue = posix_ipc.MessageQueue(name, posix_ipc.O_CREX, **options)
+        except (OSError, MemoryError, ValueError, posix_ipc.Error) as error:
+            raise LgmpError(
+                f"cannot make the message queue {name}: {error}; see `ulimit -q` and /proc/sys/fs/mqueue"
+            ) from error
+        return cls(queue, name)
+
+    @classmethod
+    def open(cls, name: str) -> Mailbox:
+        """Open the existing queue `name`. Raises LgmpError where there is none or it is another user's."""
+        try:
+            return cls(posix_ipc.MessageQueue(name), name)
+        except (OSError, posix_ipc.Error) as error:
+            raise LgmpError(f"cannot open the message queue {name}: {error}") from error
+
+    def fileno(self) -> int:
+        """The descriptor of the queue, for poll(2)."""
+        descriptor: int = self._queue.mqd
+        return descriptor
+
+    def post(self, raw: bytes) -> bool:
+        """Send without waiting; False where the queue is full."""
+        while True:
+            try:
+                self._queue.send(raw, timeout=0)
+            except posix_ipc.BusyError:
+                return False
+            except posix_ipc.SignalError:
+                continue
+            return True
+
+    def send(self, raw: bytes, timeout: float | None = None) -> bool:
+        """Send, waiting for room; `timeout` in seconds (None: for ever); False where it ran out."""
+        while True:
+            try:
+                self._queue.send(raw, timeout=timeout)
+            except posix_ipc.BusyError:
+                return False
+            except posix_ipc.SignalError:
+                continue
+            return True
+
+    def take(self) -> bytes | None:
+        """Receive without waiting; None where there is nothing."""
+        while True:
+            try:
+                raw: bytes = self._queue.receive(timeout=0)[0]
+            except posix_ipc.BusyError:
+                return None
+            except posix_ipc.SignalError:
+                continue
+            return raw
+
+    def receive(self) -> bytes:
+        """Receive, waiting for a message."""
+        while True:
+            try:
+                raw: bytes = self._queue.receive()[0]
+            except posix_ipc.SignalError:
+                continue
+            return raw
+
+    def wait(self, timeout: float) -> bytes | None:
+        """Receive, waiting `timeout` seconds at most; None where nothing came."""
+        while True:
+            try:
+                raw: bytes = self._queue.receive(timeout=timeout)[0]
+            except posix_ipc.BusyError:
+                return None
+            except posix_ipc.SignalError:
+                continue
+            return raw
+
+    def unlink(self) -> None:
+        """Take the queue's name away; who has it open keeps it. A name that is gone already is fine."""
+        unlink(self.name)
+
+    def close(self) -> None:
+        """Close this end."""
+        self._queue.close()
+
+
+def sweep_stale_queues(directory: str | os.PathLike[str] = MQUEUE_DIRECTORY) -> list[str]:
+    """Unlink queues of launchers that are no more; gives the names it took away.
+
+    It sees them only where the kernel's queue file system is mounted on `directory` (it is, on systemd systems).
+    Queues that belong to another user are left alone.
+    """
+    swept: list[str] = []
+    try:
+        names = os.listdir(directory)
+    except OSError:
+        return swept
+    for name in names:
+        if not name.startswith(NAME_PREFIX):
+            continue
+        pid = name[len(NAME_PREFIX) :].split(".", 1)[0]
+        if not pid.isdigit() or os.path.exists(f"/proc/{pid}"):
+            continue
+        if unlink("/" + name):
+            swept.append(name)
+    return swept

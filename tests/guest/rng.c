@@ -1,0 +1,48 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/* The entropy driver: one queue of buffers for the launcher to fill. */
+#include "virtio.h"
+
+#define TIMEOUT_MS 30000
+
+bool cmd_rng(int argc, char **argv)
+{
+	static u8 data[PAGE_SIZE];
+	static bool started;
+	struct device *rng = device_find(VIRTIO_ID_RNG, 0);
+	u32 count, done = 0, buffers = 0, hash = FNV1A_START, ones = 0;
+
+	if (argc != 3 || strcmp(argv[1], "read") || !word_number(argc, argv, 2, &count))
+		return false;
+	if (!rng || !rng->desc->num_vq) {
+		print("rng: no such device\n");
+		return true;
+	}
+	if (!started)
+		device_start(rng, 0);
+	started = true;
+	while (done < count) {
+		struct buffer buffer = { data, min(count - done, (u32)sizeof(data)) };
+		u32 length = 0;
+
+		vq_add(&rng->vqs[0], &buffer, 0, 1, data);
+		vq_kick(&rng->vqs[0]);
+		if (!vq_wait(&rng->vqs[0], TIMEOUT_MS)) {
+			print("rng read: no answer in %u seconds\n", TIMEOUT_MS / 1000);
+			started = false;
+			return true;
+		}
+		vq_get(&rng->vqs[0], &length);
+		if (!length || length > buffer.length) {
+			print("rng read: %u bytes in a buffer of %u\n", length, buffer.length);
+			return true;
+		}
+		hash = fnv1a(hash, data, length);
+		for (u32 i = 0; i < length; i++)
+			for (u8 byte = data[i]; byte; byte &= byte - 1)
+				ones++;
+		done += length;
+		buffers++;
+	}
+	print("rng read: %u bytes in %u buffers, checksum %08x, %u of %u bits set\n", done, buffers, hash, ones, 8 * done);
+	return true;
+}

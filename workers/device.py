@@ -1,0 +1,174 @@
+"""What a device is to whoever runs it: rings in, used elements out, and perhaps descriptors it waits for.
+
+A device knows nothing of processes, message queues or buses. It is given its virtqueues and a Notifier, and is
+called when its rings may hold something (`serve`) or when a descriptor it wants is ready (`ready`). Nothing in it may
+wait for anything but its own file. workers/runtime.py runs a device in a process; a test runs it in a loop.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from time import monotonic
+
+from lgmp.errors import LgmpError
+from lgmp.virtio.ids import VIRTIO_RING_F_INDIRECT_DESC
+from lgmp.virtio.ring import RingError, Virtqueue
+
+TYPE_CHECKING = False  # as typing's, which is costly to import in a worker
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+    from typing import Protocol
+
+    class Notifier(Protocol):
+        """Whom a device tells what its driver or its user is to know."""
+
+        def used(self, queue: int) -> None:
+            """Used elements were added to ring `queue`."""
+
+        def quit(self) -> None:
+            """The user asked for the end of the guest."""
+
+
+# How many requests are served before the driver is told of them and messages are looked at.
+BATCH = 32
+# readv(2) and its like take this many segments at most (limits.h).
+IOV_MAX = 1024
+
+
+class RequestError(LgmpError):
+    """A request broke a rule of its device; fatal to the guest. The message does not say where: the caller adds that."""
+
+
+def say(text: str) -> None:
+    """One line to the user on stderr. Never raises: a worker outlives its stderr."""
+    try:
+        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"lgmp: {text}\n".encode(errors="replace"))
+    except (OSError, ValueError):
+        pass
+
+
+class Complaints:
+    """Says what goes wrong, at most once every `seconds`, with the number of complaints it kept to itself."""
+
+    def __init__(self, say: Callable[[str], None] = say, seconds: float = 5.0, clock: Callable[[], float] = monotonic) -> None:
+        """`say` takes the line; `clock` gives seconds."""
+        self._say = say
+        self._seconds = seconds
+        self._clock = clock
+        self._next = clock()
+        self._kept = 0
+
+    def __call__(self, text: str) -> None:
+        """Say `text`, or count it."""
+        now = self._clock()
+        if now < self._next:
+            self._kept += 1
+            return
+        if self._kept:
+            text += f" (and {self._kept} more such lines)"
+        self._next = now + self._seconds
+        self._kept = 0
+        self._say(text)
+
+
+def skip(segments: Iterable[memoryview], count: int) -> list[memoryview]:
+    """What is left of `segments` after their first `count` bytes; empty segments are left out."""
+    left: list[memoryview] = []
+    for segment in segments:
+        size = len(segment)
+        if count >= size:
+            count -= size
+        elif count:
+            left.append(segment[count:])
+            count = 0
+        else:
+            left.append(segment)
+    return left
+
+
+class Device:
+    """What every device has in common; by itself a device that does nothing."""
+
+    def __init__(self) -> None:
+        """A device without rings; `attach` gives it some."""
+        self.queues: Sequence[Virtqueue] = ()
+        self.notifier: Notifier
+
+    def attach(self, queues: Sequence[Virtqueue], notifier: Notifier) -> None:
+        """Give the device its rings and whom to tell; once, before anything else is called."""
+        self.queues = queues
+        self.notifier = notifier
+
+    def accept(self, features: int) -> None:
+        """The driver accepted these feature bits (as a 64-bit mask)."""
+        indirect = bool(features >> VIRTIO_RING_F_INDIRECT_DESC & 1)
+        for queue in self.queues:
+            queue.indirect = indirect
+
+    def serve(self) -> bool:
+        """The driver says that its rings hold something: do what can be done now, at most BATCH requests a ring.
+
+        Gives True where there may be more to do at once. Raises LgmpError for what is fatal to the guest.
+        """
+        return False
+
+    def wants(self) -> Sequence[tuple[int, int]]:
+        """The descriptors the device waits for now, each with its events as for poll(2)."""
+        return ()
+
+    def ready(self, descriptor: int, events: int) -> None:
+        """A descriptor that was wanted is ready for `events`, or broken. Raises LgmpError for what is fatal to the guest.
+
+        It does by itself what there is to do now: `serve` need not be called after it.
+        """
+
+    @property
+    def busy(self) -> bool:
+        """Whether something that was taken from the driver is still to be done."""
+        return False
+
+    def stop(self) -> None:
+        """Take in nothing new from outside from now on."""
+
+    def reset(self) -> None:
+        """The driver reset the device: forget what it asked for, and leave its rings alone until the next `serve`."""
+        for queue in self.queues:
+            queue.reset()
+
+    def close(self) -> None:
+        """Undo what must not outlive the device. May be called twice."""
+
+
+class RequestDevice(Device):
+    """A device whose every chain is a request that is answered at once: a disk, an entropy source."""
+
+    def handle(self, queue: int, readable: list[memoryview], writable: list[memoryview]) -> int:
+        """Answer one request on ring `queue`; gives the number of bytes written to `writable`. May change both lists.
+
+        Raises RequestError where the request is none.
+        """
+        raise NotImplementedError
+
+    def serve(self) -> bool:
+        """Answer what is in the rings."""
+        handle = self.handle
+        more = False
+        for number, queue in enumerate(self.queues):
+            pop = queue.pop
+            push = queue.push
+            head = -1
+            try:
+                for _ in range(BATCH):
+                    chain = pop()
+                    if chain is None:
+                        break
+                    head, readable, writable = chain
+                    push(head, handle(number, readable, writable))
+                else:
+                    more = True
+            except RequestError as error:
+                raise RingError(f"{queue.name}: descriptor {head}: {error}") from error
+            if head >= 0:
+                self.notifier.used(number)
+        return more

@@ -1,0 +1,311 @@
+"""What every worker runs: a process around one device.
+
+The launcher starts a worker with an honest command line (`python -m workers.block --help`), its open files inherited.
+The worker opens nothing after its start but its two message queues, tells the launcher READY, and from then on looks
+at the device's rings after every message. When the launcher goes, however it goes, the worker goes.
+
+The file is shaped by start-up time, since a guest waits for its devices: it imports as little as it can (no argparse,
+no typing, no dataclasses), and sets the title that ps shows when the launcher has been told READY already.
+"""
+
+from __future__ import annotations
+
+import getopt
+import os
+import select
+import signal
+import sys
+
+from lgmp.control import ControlPage
+from lgmp.errors import LgmpError
+from lgmp.mailbox import COMPLETION_MESSAGE_BYTES, Mailbox, ToLauncher, ToWorker, pack, unlink, unpack
+from lgmp.memory import GuestMemory
+from lgmp.virtio.ring import Virtqueue, VringLayout
+from workers.device import Device, say
+
+TYPE_CHECKING = False  # as typing's, which is costly to import
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from types import FrameType
+
+# linux/prctl.h
+PR_SET_PDEATHSIG = 1
+# What the kernel sends us when the launcher's thread that started us ends; the launcher itself never sends it.
+LAUNCHER_DEATH_SIGNAL = signal.SIGUSR1
+# The launcher shares its terminal and process group with us, and tells us itself what we are to know.
+IGNORED_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTTIN, signal.SIGTTOU, signal.SIGTSTP)
+# A signal that arrives just before a system call sleeps does not wake it, so no sleep is longer than this, in seconds.
+WATCH_SECONDS = 2.0
+# The text of FAILED is cut to this many bytes: what surrounds it in the message needs less than the rest.
+_FAILED_TEXT_BYTES = COMPLETION_MESSAGE_BYTES - 32
+
+_OPTIONS = {
+    "name=": "the device's name, for example vda",
+    "guest=": "the guest's name",
+    "device=": "the device's index, as in its messages",
+    "memory-fd=": "guest memory",
+    "ram=": "bytes of guest memory before the device pages",
+    "control-fd=": "the control page",
+    "mailbox=": "the message queue from the launcher",
+    "completions=": "the message queue to the launcher",
+    "launcher=": "the launcher's process id; without it, the parent's",
+    "queue=": "NUM:DESC:AVAIL:USED, once for each ring: its size and the guest addresses of its parts",
+}
+_REQUIRED = ("name", "device", "memory-fd", "ram", "control-fd", "mailbox", "completions", "queue")
+
+
+class LauncherGone(Exception):
+    """The launcher is no more."""
+
+
+class Options:
+    """The command line of a worker. `own` has the device's own options by name, `arguments` what follows the options."""
+
+    def __init__(self, arguments: list[str], own: dict[str, str]) -> None:
+        """Parse a command line; `own` maps the device's own options, as getopt has them, to their help.
+
+        Raises LgmpError where it is wrong.
+        """
+        try:
+            pairs, self.arguments = getopt.getopt(arguments, "", [*_OPTIONS, *own])
+        except getopt.GetoptError as error:
+            raise LgmpError(f"{error}; see --help") from error
+        values = {option[2:]: value for option, value in pairs}
+        missing = [f"--{name}" for name in _REQUIRED if name not in values]
+        if missing:
+            raise LgmpError(f"missing {', '.join(missing)}; see --help")
+        self._values = values
+        self.own = {name: value for name, value in values.items() if name in own or f"{name}=" in own}
+        self.name = values["name"]
+        self.guest = values.get("guest", "")
+        self.mailbox = values["mailbox"]
+        self.completions = values["completions"]
+        self.device = self.number("device")
+        self.memory_fd = self.number("memory-fd")
+        self.ram = self.number("ram")
+        self.control_fd = self.number("control-fd")
+        self.launcher = self.number("launcher") if "launcher" in values else os.getppid()
+        try:
+            self.queues = [VringLayout.parse(value) for option, value in pairs if option == "--queue"]
+        except ValueError as error:
+            raise LgmpError(f"--queue takes NUM:DESC:AVAIL:USED: {error}") from error
+
+    def number(self, name: str) -> int:
+        """The value of an option as a number, decimal or 0x hexadecimal. Raises LgmpError where it is not one."""
+        try:
+            value = int(self._values[name], 0)
+        except ValueError as error:
+            raise LgmpError(f"--{name} takes a number, not {self._values[name]!r}") from error
+        if value < 0:
+            raise LgmpError(f"--{name} takes a number from 0 on")
+        return value
+
+
+class Worker:
+    """One device and the messages about it."""
+
+    def __init__(self, options: Options, device: Device) -> None:
+        """Open what `options` name and give `device` its rings. Raises LgmpError."""
+        self._device = device
+        self._launcher = options.launcher
+        self._index = options.device
+        try:
+            memory = GuestMemory(options.memory_fd, options.ram)
+            self._control = ControlPage(options.control_fd)
+        except (OSError, ValueError) as error:
+            raise LgmpError(f"guest memory or control page: {error}") from error
+        self._mailbox = Mailbox.open(options.mailbox)
+        self._completions = Mailbox.open(options.completions)
+        self._used = [pack(ToLauncher.USED, self._index, queue) for queue in range(len(options.queues))]
+        self._features = -1
+        self._live = False  # whether the rings are the device's to touch: from the first kick until a reset
+        self._stopping = False
+        device.attach(
+            [
+                Virtqueue(
+                    memory, layout, name=f"{options.name}: queue {number}", position=self._control.position(number)
+                )
+                for number, layout in enumerate(options.queues)
+            ],
+            self,
+        )
+
+    def used(self, queue: int) -> None:
+        """Tell the launcher that used elements were added to ring `queue`."""
+        self._tell(self._used[queue])
+
+    def quit(self) -> None:
+        """Tell the launcher that the user asked for the end of the guest."""
+        self._tell(pack(ToLauncher.QUIT, self._index))
+
+    def ready(self) -> None:
+        """Tell the launcher that the device is served from now on."""
+        self._tell(pack(ToLauncher.READY, self._index))
+
+    def failed(self, text: str) -> None:
+        """Tell the launcher that the device cannot go on, and why."""
+        text = text.encode(errors="replace")[:_FAILED_TEXT_BYTES].decode(errors="ignore")
+        self._tell(pack(ToLauncher.FAILED, self._index, text))
+
+    def serve(self) -> None:
+        """Serve the device until the launcher says STOP.
+
+        Raises LgmpError for what is fatal to the guest, LauncherGone when there is nobody left to serve it for.
+        """
+        device = self._device
+        more = False
+        while True:
+            wanted = device.wants()
+            if wanted:
+                raw = self._poll(wanted, more)
+            elif more:
+                raw = self._mailbox.take()
+            else:
+                raw = self._mailbox.wait(WATCH_SECONDS)
+            if raw is not None:
+                self._obey(raw)
+            elif not more:
+                check_parent(self._launcher)
+            more = self._live and device.serve()
+            if self._stopping and not more and not device.busy:
+                return
+
+    def _poll(self, wanted: Sequence[tuple[int, int]], more: bool) -> bytes | None:
+        """Wait for a message or one of the `wanted` descriptors, and see to those; gives the message."""
+        poll = select.poll()
+        mailbox = self._mailbox.fileno()
+        poll.register(mailbox, select.POLLIN)
+        for descriptor, events in wanted:
+            poll.register(descriptor, events)
+        raw = None
+        for descriptor, _ in poll.poll(0 if more else WATCH_SECONDS * 1000):
+            if descriptor == mailbox:
+                raw = self._mailbox.take()
+            else:
+                self._device.ready(descriptor)
+        return raw
+
+    def _obey(self, raw: bytes) -> None:
+        try:
+            what = unpack(raw)[0]
+        except ValueError as error:
+            raise LgmpError(f"a message from the launcher makes no sense: {error}") from error
+        features = self._control.accepted_features
+        if features != self._features:
+            self._features = features
+            self._device.accept(features)
+        if what == ToWorker.KICK:
+            self._live = True
+        elif what == ToWorker.RESET:
+            self._live = False
+            self._device.reset()
+            self._features = -1
+            self._tell(pack(ToLauncher.RESET_DONE, self._index))
+        elif what == ToWorker.STOP:
+            self._stopping = True
+            self._device.stop()
+        else:
+            raise LgmpError(f"a message from the launcher makes no sense: kind {what}")
+
+    def _tell(self, raw: bytes) -> None:
+        while not self._completions.send(raw, WATCH_SECONDS):
+            check_parent(self._launcher)
+
+
+def check_parent(launcher: int) -> None:
+    """Raise LauncherGone unless `launcher` is still our parent."""
+    if os.getppid() != launcher:
+        raise LauncherGone
+
+
+def run(kind: str, make: Callable[[Options], Device], own: dict[str, str]) -> None:
+    """The whole life of a worker; `kind` is what it serves, `make` makes its device, `own` are the options of that.
+
+    Exits with 0 after STOP, with 1 when the device cannot go on or the launcher is gone.
+    """
+    if "--help" in sys.argv[1:]:
+        _help(kind, own)
+        return
+    sys.exit(_run(kind, make, own))
+
+
+def _run(kind: str, make: Callable[[Options], Device], own: dict[str, str]) -> int:
+    title = f"lgmp-{kind}"
+    options: Options | None = None
+    device: Device | None = None
+    worker: Worker | None = None
+    try:
+        options = Options(sys.argv[1:], own)
+        _follow(options.launcher, title)
+        device = make(options)
+        worker = Worker(options, device)
+        worker.ready()
+        _set_title(title, options)
+        worker.serve()
+    except LauncherGone:
+        return 1
+    except LgmpError as error:
+        return _give_up(title, worker, str(error))
+    except Exception as error:
+        _give_up(title, worker, f"{type(error).__name__}: {error}; this is a defect of lgmp")
+        raise
+    finally:
+        if device:
+            device.close()
+        if options and os.getppid() != options.launcher:
+            unlink(options.mailbox)
+            unlink(options.completions)
+    return 0
+
+
+def _give_up(title: str, worker: Worker | None, text: str) -> int:
+    """Say why the device cannot go on: to the launcher, or to the user where that is not possible yet."""
+    if worker is None:
+        say(f"{title}: {text}")
+        return 1
+    try:
+        worker.failed(text)
+    except LauncherGone:
+        pass
+    return 1
+
+
+def _follow(launcher: int, title: str) -> None:
+    """End when the launcher does, and leave the terminal's signals to it. Raises LauncherGone where it has ended."""
+    for number in IGNORED_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def launcher_died(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        if os.getppid() != launcher:
+            signal.signal(LAUNCHER_DEATH_SIGNAL, signal.SIG_IGN)
+            raise LauncherGone
+
+    signal.signal(LAUNCHER_DEATH_SIGNAL, launcher_died)
+    from ctypes import CDLL
+
+    libc = CDLL(None, use_errno=True)
+    libc.prctl(PR_SET_PDEATHSIG, int(LAUNCHER_DEATH_SIGNAL), 0, 0, 0)
+    # The launcher starts us with signals blocked, so that none finds us unprepared.
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    check_parent(launcher)
+
+
+def _set_title(title: str, options: Options) -> None:
+    """What ps shows: `lgmp-block vda disk.img (guest NAME)`, and `lgmp-block` where there is room for less."""
+    from setproctitle import setproctitle, setthreadtitle  # noqa: PLC0415  costs as much as all the rest; see above
+
+    words = [title, options.name, *options.arguments]
+    if options.guest:
+        words.append(f"(guest {options.guest})")
+    setproctitle(" ".join(words))
+    setthreadtitle(title)
+
+
+def _help(kind: str, own: dict[str, str]) -> None:
+    print(
+        f"Usage: python -m workers.{kind} OPTIONS [-- WHAT]\n\nServes one virtio device of a guest that a launcher runs.\n"
+    )
+    for option, text in {**_OPTIONS, **own}.items():
+        shown = f"--{option[:-1]} VALUE" if option.endswith("=") else f"--{option}"
+        print(f"  {shown:24}{text}")
