@@ -95,7 +95,7 @@ class Mailbox:
 
     @classmethod
     def create(cls, name: str, messages: int, message_bytes: int) -> Mailbox:
-        """Make the queue `name` for `messages` messages of at most `message_bytes` bytes, readable and writable by its owner alone.
+        """Make the queue `name`, its owner's alone, for `messages` messages of at most `message_bytes` bytes.
 
         Raises LgmpError where the system's or the user's limits forbid it. A leftover of the same name (from a
         process that had this process id before) is replaced.

@@ -65,9 +65,10 @@ class RawTerminal:
         """Give the terminal its modes back, at once (TCSANOW). May be called at any time and any number of times.
 
         With `only_if_raw`, leave a terminal alone that is not raw any more: somebody else has restored it, and may
-        have set modes of his own since (a shell that has seen the launcher die does).
+        have set modes of his own since (a shell that has seen the launcher die does). Without, leave it alone where
+        we are in the background: then it is somebody else's.
         """
-        if not _may_set_modes(self.fd):
+        if not only_if_raw and not _may_set_modes(self.fd):
             return
         try:
             modes = termios.tcgetattr(self.fd)

@@ -1,4 +1,4 @@
-"""A virtio disk on a file or a block device: each request is a preadv, a pwritev or an fdatasync, in guest memory itself.
+"""A virtio disk on a file or a block device: a request is a preadv, a pwritev or an fdatasync, in guest memory itself.
 
 Nothing reaches past the end that the disk had at the start: a request that would is answered with IOERR and touches
 nothing. What the disk under us fails to do is answered with IOERR too; only a request that is none is fatal.

@@ -1,9 +1,9 @@
-"""A virtio console on two descriptors: what is typed goes into the guest's buffers, what the guest says comes out whole.
+"""A virtio console on two descriptors: what is typed goes to the guest, what the guest says comes out whole.
 
 Output is never lost and never out of order, whatever the descriptor does: a pipe that is full, a terminal that ^S has
 stopped. What cannot be written yet is kept, and the driver gets a buffer back only when all of it is written.
-Three ^C within about a second, each read by itself, ask for the end of the guest. On a terminal they are seen even when the
-guest takes no input (any more, or yet): what is typed meanwhile waits here, in order.
+Three ^C within about a second, each read by itself, ask for the end of the guest. On a terminal they are seen even when
+the guest takes no input (any more, or yet): what is typed meanwhile waits here, in order.
 """
 
 from __future__ import annotations
@@ -96,7 +96,9 @@ class Console(Device):
                 return None
             head, readable, writable = chain
             if readable:
-                raise RingError(f"{self.queues[INPUT_QUEUE].name}: descriptor {head}: Output buffers in console in queue?")
+                raise RingError(
+                    f"{self.queues[INPUT_QUEUE].name}: descriptor {head}: Output buffers in console in queue?"
+                )
             writable = skip(writable[:IOV_MAX], 0)
             if writable:
                 self._buffer = head, writable
@@ -303,7 +305,7 @@ class Console(Device):
 
 
 def _unblocked(fd: int, access: int) -> int:
-    """A descriptor of its own for the pipe or terminal `fd`, one that does not block; `fd` itself where that cannot be."""
+    """A descriptor of our own for the pipe or terminal `fd`, one that does not block; else `fd` itself."""
     try:
         mode = os.fstat(fd).st_mode
         if stat.S_ISFIFO(mode) or os.isatty(fd):

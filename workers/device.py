@@ -37,12 +37,12 @@ IOV_MAX = 1024
 
 
 class RequestError(LgmpError):
-    """A request broke a rule of its device; fatal to the guest. The message does not say where: the caller adds that."""
+    """A request broke a rule of its device; fatal to the guest. Where it was is for the caller to add."""
 
 
 def say(text: str) -> None:
     """One line to the user on stderr. Never raises: a worker outlives its stderr."""
-    try:
+    try:  # noqa: SIM105  contextlib is costly to import
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"lgmp: {text}\n".encode(errors="replace"))
     except (OSError, ValueError):
         pass
@@ -51,7 +51,9 @@ def say(text: str) -> None:
 class Complaints:
     """Says what goes wrong, at most once every `seconds`, with the number of complaints it kept to itself."""
 
-    def __init__(self, say: Callable[[str], None] = say, seconds: float = 5.0, clock: Callable[[], float] = monotonic) -> None:
+    def __init__(
+        self, say: Callable[[str], None] = say, seconds: float = 5.0, clock: Callable[[], float] = monotonic
+    ) -> None:
         """`say` takes the line; `clock` gives seconds."""
         self._say = say
         self._seconds = seconds
@@ -118,9 +120,9 @@ class Device:
         return ()
 
     def ready(self, descriptor: int, events: int) -> None:
-        """A descriptor that was wanted is ready for `events`, or broken. Raises LgmpError for what is fatal to the guest.
+        """A descriptor that was wanted is ready for `events`, or broken. Do what can be done now; no `serve` follows.
 
-        It does by itself what there is to do now: `serve` need not be called after it.
+        Raises LgmpError for what is fatal to the guest.
         """
 
     @property

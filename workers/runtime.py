@@ -10,6 +10,7 @@ no typing, no dataclasses), and sets the title that ps shows when the launcher h
 
 from __future__ import annotations
 
+import ctypes
 import getopt
 import os
 import select
@@ -59,7 +60,7 @@ class LauncherGone(Exception):
 
 
 class Options:
-    """The command line of a worker. `own` has the device's own options by name, `arguments` what follows the options."""
+    """The command line of a worker: `own` are the device's own options by name, `arguments` what follows them all."""
 
     def __init__(self, arguments: list[str], own: dict[str, str]) -> None:
         """Parse a command line; `own` maps the device's own options, as getopt has them, to their help.
@@ -166,23 +167,26 @@ class Worker:
                 self._obey(raw)
             elif not more:
                 check_parent(self._launcher)
-            more = self._live and device.serve()
+            if raw is not None or more:
+                more = self._live and device.serve()
             if self._stopping and not more and not device.busy:
                 return
 
     def _poll(self, wanted: Sequence[tuple[int, int]], more: bool) -> bytes | None:
         """Wait for a message or one of the `wanted` descriptors, and see to those; gives the message."""
-        poll = select.poll()
         mailbox = self._mailbox.fileno()
-        poll.register(mailbox, select.POLLIN)
+        masks = {mailbox: select.POLLIN}
         for descriptor, events in wanted:
+            masks[descriptor] = masks.get(descriptor, 0) | events
+        poll = select.poll()
+        for descriptor, events in masks.items():
             poll.register(descriptor, events)
         raw = None
-        for descriptor, _ in poll.poll(0 if more else WATCH_SECONDS * 1000):
+        for descriptor, events in poll.poll(0 if more else WATCH_SECONDS * 1000):
             if descriptor == mailbox:
                 raw = self._mailbox.take()
             else:
-                self._device.ready(descriptor)
+                self._device.ready(descriptor, events)
         return raw
 
     def _obey(self, raw: bytes) -> None:
@@ -236,7 +240,7 @@ def _run(kind: str, make: Callable[[Options], Device], own: dict[str, str]) -> i
     worker: Worker | None = None
     try:
         options = Options(sys.argv[1:], own)
-        _follow(options.launcher, title)
+        _follow(options.launcher)
         device = make(options)
         worker = Worker(options, device)
         worker.ready()
@@ -250,6 +254,7 @@ def _run(kind: str, make: Callable[[Options], Device], own: dict[str, str]) -> i
         _give_up(title, worker, f"{type(error).__name__}: {error}; this is a defect of lgmp")
         raise
     finally:
+        signal.signal(LAUNCHER_DEATH_SIGNAL, signal.SIG_IGN)
         if device:
             device.close()
         if options and os.getppid() != options.launcher:
@@ -263,15 +268,21 @@ def _give_up(title: str, worker: Worker | None, text: str) -> int:
     if worker is None:
         say(f"{title}: {text}")
         return 1
-    try:
+    try:  # noqa: SIM105  contextlib is costly to import
         worker.failed(text)
     except LauncherGone:
         pass
     return 1
 
 
-def _follow(launcher: int, title: str) -> None:
+def _follow(launcher: int) -> None:
     """End when the launcher does, and leave the terminal's signals to it. Raises LauncherGone where it has ended."""
+    for standard in range(3):
+        # A closed one would be given to the next file that is opened, and written to as if it were what it was.
+        try:
+            os.fstat(standard)
+        except OSError:
+            os.open(os.devnull, os.O_RDONLY if standard else os.O_WRONLY)  # so that its use fails as it should
     for number in IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -282,10 +293,7 @@ def _follow(launcher: int, title: str) -> None:
             raise LauncherGone
 
     signal.signal(LAUNCHER_DEATH_SIGNAL, launcher_died)
-    from ctypes import CDLL
-
-    libc = CDLL(None, use_errno=True)
-    libc.prctl(PR_SET_PDEATHSIG, int(LAUNCHER_DEATH_SIGNAL), 0, 0, 0)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(LAUNCHER_DEATH_SIGNAL), 0, 0, 0)
     # The launcher starts us with signals blocked, so that none finds us unprepared.
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     check_parent(launcher)
@@ -303,9 +311,7 @@ def _set_title(title: str, options: Options) -> None:
 
 
 def _help(kind: str, own: dict[str, str]) -> None:
-    print(
-        f"Usage: python -m workers.{kind} OPTIONS [-- WHAT]\n\nServes one virtio device of a guest that a launcher runs.\n"
-    )
+    print(f"Usage: python -m workers.{kind} OPTIONS [-- WHAT]\n\nServes one virtio device of a launcher's guest.\n")
     for option, text in {**_OPTIONS, **own}.items():
         shown = f"--{option[:-1]} VALUE" if option.endswith("=") else f"--{option}"
         print(f"  {shown:24}{text}")

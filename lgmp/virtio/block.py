@@ -49,7 +49,7 @@ def features(read_only: bool) -> int:
 def config_space(capacity: int, queue_num: int) -> bytes:
     """The configuration space: `capacity` in 512-byte sectors, and how many segments a request may have.
 
-    A ring of `queue_num` descriptors leaves two for the header and the status. {u64 capacity, u32 size_max, u32 seg_max};
-    size_max stays 0 (not offered).
+    A ring of `queue_num` descriptors leaves two for the header and the status. The layout is {u64 capacity,
+    u32 size_max, u32 seg_max}; size_max stays 0, since its feature is not offered.
     """
     return _CONFIG.pack(capacity, 0, queue_num - 2)

@@ -1,4 +1,4 @@
-"""What a virtio console and its driver agree on (virtio 1.0, section 5.3): two queues, no features, no configuration."""
+"""What a virtio console and its driver agree on (virtio 1.0, section 5.3): two queues, no features, no config space."""
 
 INPUT_QUEUE = 0
 OUTPUT_QUEUE = 1

@@ -72,7 +72,7 @@ class VringLayout:
 
     @classmethod
     def legacy(cls, num: int, start: int, align: int = LGUEST_VRING_ALIGN) -> VringLayout:
-        """The layout of a ring in one piece at `start` (vring_init of linux/virtio_ring.h): used ring aligned to `align`."""
+        """A ring in one piece at `start`, its used ring aligned to `align` (vring_init of linux/virtio_ring.h)."""
         avail = start + num * DESCRIPTOR_BYTES
         # Descriptors, then avail: flags, idx, ring[num] and the event index that later drivers put there.
         used = (avail + 2 * (3 + num) + align - 1) & ~(align - 1)
@@ -185,7 +185,9 @@ class Virtqueue:
         self._position[_NEXT_AVAIL] = self._position[_NEXT_USED] = 0
         self.indirect = False
 
-    def pop(self) -> tuple[int, list[memoryview], list[memoryview]] | None:
+    def pop(  # noqa: PLR0912, PLR0915  a call for each step would cost as much as the step
+        self,
+    ) -> tuple[int, list[memoryview], list[memoryview]] | None:
         """Take the next chain that the driver made available; None where there is none.
 
         Gives the chain's head (for `push`), the segments the device may read and those it may write, as slices of
@@ -236,9 +238,8 @@ class Virtqueue:
             start, size, flags, follows = _unpack_one(table, at << 4)
             end = start + size
             if end > limit:
-                raise RingError(
-                    f"{self._where(at, through)}: Invalid address {start:#x}+{size} is outside guest memory ({limit:#x})"
-                )
+                where = self._where(at, through)
+                raise RingError(f"{where}: Invalid address {start:#x}+{size} is outside guest memory ({limit:#x})")
             if flags & VRING_DESC_F_INDIRECT:
                 self._check_indirect(at, through, size, flags)
                 through = at

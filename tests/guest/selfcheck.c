@@ -161,17 +161,15 @@ static bool skip_two(struct trap_frame *frame)
 	return true;
 }
 
-static u32 odd_errors;
+static u32 inner_faults;
 
 static bool skip_two_and_fault(struct trap_frame *frame)
 {
-	if (frame->number != TRAP_PF)
+	if (!skip_two(frame))
 		return false;
-	if (frame->error)
-		odd_errors++;
-	if (last_trap.cr2 == TEST_PAGE) /* a fault within the fault */
-		odd_errors += !traps(write_byte, (void *)ALIAS_PAGE) || last_trap.error != 2;
-	frame->eip += 2;
+	trap_hook = NULL;
+	inner_faults += traps(write_byte, (void *)ALIAS_PAGE) && last_trap.error == 2 && last_trap.cr2 == ALIAS_PAGE;
+	trap_hook = skip_two_and_fault;
 	return true;
 }
 
@@ -184,17 +182,20 @@ static void check_many_faults(void)
 		asm volatile("movb (%%ebx), %%al" : : "b"(TEST_PAGE + i % 2 * PAGE_SIZE) : "eax", "memory");
 	trap_hook = NULL;
 	check(trap_count - before == 1000, "1000 page faults in a row are 1000 page faults", "%u", trap_count - before);
-	odd_errors = 0;
+	inner_faults = 0;
 	before = trap_count;
 	trap_hook = skip_two_and_fault;
 	for (unsigned int i = 0; i < 100; i++)
 		asm volatile("movb (%%ebx), %%al" : : "b"(TEST_PAGE) : "eax", "memory");
 	trap_hook = NULL;
-	check(odd_errors == 100 && trap_count - before == 200, "a fault may come within a fault",
-	      "%u traps, %u of the inner ones seen", trap_count - before, odd_errors);
+	check(inner_faults == 100 && trap_count - before == 200, "a fault may come within a fault",
+	      "%u traps, %u inner ones as expected", trap_count - before, inner_faults);
 }
 
-/* Traps in ring 1 */
+/*
+ * Traps in ring 1. Segment limits and reads through a null segment are not checked here, since Unicorn's CPU doesn't
+ * check them; nor are ins and outs, which it can't tell from in and out. The misdeeds have them.
+ */
 
 static volatile u32 instruction __attribute__((used)), after_instruction __attribute__((used));
 
@@ -226,13 +227,11 @@ INSTRUCTION(do_invlpg, "", "invlpg (%%eax)")
 INSTRUCTION(do_wbinvd, "", "wbinvd")
 INSTRUCTION(do_rdmsr, "movl $0x10, %%ecx", "rdmsr")
 INSTRUCTION(do_wrmsr, "movl $0x174, %%ecx", "wrmsr")
-INSTRUCTION(do_insb, "", "pushl %%edi; movl $bounds, %%edi; insb; popl %%edi")
 INSTRUCTION(do_int21, "", "int $0x21")
 INSTRUCTION(do_int90, "", "int $0x90")
 INSTRUCTION(do_load_ds, "", "movl %%eax, %%ds")
 INSTRUCTION(do_load_fs, "", "movl %%eax, %%fs")
 INSTRUCTION(do_load_ss, "", "movl %%eax, %%ss")
-INSTRUCTION(do_null_ds, "xorl %%ecx, %%ecx; movl %%ecx, %%ds", "movl %%ds:(%%eax), %%ecx")
 INSTRUCTION(do_far_jump, "pushl %%eax; pushl $0", "ljmp *(%%esp)")
 INSTRUCTION(do_far_return, "pushl %%eax; pushl $0", "lret")
 INSTRUCTION(do_cli, "", "cli")
@@ -282,7 +281,6 @@ static const struct ring1_trap {
 	{ "ss not present", do_load_ss, SELECTOR(GDT_ENTRY_DATA_ABSENT, 1), TRAP_SS, SELECTOR(GDT_ENTRY_DATA_ABSENT, 0), false },
 	{ "ss null", do_load_ss, 0, TRAP_GP, 0, false },
 	{ "ss of another ring", do_load_ss, SELECTOR(GDT_ENTRY_USER_DS, 3), TRAP_GP, SELECTOR(GDT_ENTRY_USER_DS, 0), false },
-	{ "reading through a null ds", do_null_ds, (u32)bounds, TRAP_GP, 0, false },
 	{ "a far jump to the host's code", do_far_jump, SELECTOR(GDT_ENTRY_LGUEST_CS, 1), TRAP_GP,
 	  SELECTOR(GDT_ENTRY_LGUEST_CS, 0), false },
 	{ "a far jump to data", do_far_jump, KERNEL_DS, TRAP_GP, SELECTOR(GDT_ENTRY_KERNEL_DS, 0), false },
@@ -349,7 +347,6 @@ static void check_ports(void)
 		     : "+a"(byte)
 		     : "d"(0x3f8));
 	check(byte == 0x12345678, "out does nothing", "%x", byte);
-	check_trap(traps(do_insb, NULL), "insb is a general protection fault", TRAP_GP, 0);
 }
 
 static void check_ring1_traps(void)
@@ -564,6 +561,16 @@ static void check_ring3(void)
 
 /* Time and interrupts */
 
+/* Keeps the devices' interrupts away from checks that count on the timer's alone. */
+static u32 block_devices(void)
+{
+	u32 blocked = *lguest_field(LGUEST_DATA_blocked_interrupts);
+
+	console_drain();
+	*lguest_field(LGUEST_DATA_blocked_interrupts) = ~1u;
+	return blocked;
+}
+
 static bool ticked(void *count)
 {
 	return irq_count[0] != *(u32 *)count;
@@ -597,7 +604,8 @@ static void check_one_shot(u32 ms)
 
 static void check_holding_back(void)
 {
-	u32 count = irq_count[0], flags, before, pending = X86_EFLAGS_IF;
+	u32 count = irq_count[0], flags, before, pending = X86_EFLAGS_IF, clear = 0;
+	u32 blocked = block_devices();
 
 	irq_block(0);
 	set_clockevent(NSEC_PER_MSEC);
@@ -625,12 +633,12 @@ static void check_holding_back(void)
 		hcall(LHCALL_SEND_INTERRUPTS, 0, 0, 0, 0);
 	else
 		hcall(LHCALL_FLUSH_ASYNC, 0, 0, 0, 0);
+	if (abi->irq_pending != NO_FIELD)
+		clear = *lguest_field(abi->irq_pending);
 	check(before == 0, "no interrupt comes while they are off", "%u", before);
 	check(pending == X86_EFLAGS_IF, "but irq_pending says that one waits", "%x", pending);
 	check(irq_count[0] - count == 1, "and SEND_INTERRUPTS brings it at once", "%u", irq_count[0] - count);
-	if (abi->irq_pending != NO_FIELD)
-		check(*lguest_field(abi->irq_pending) == 0, "after which irq_pending is clear", "%x",
-		      *lguest_field(abi->irq_pending));
+	check(clear == 0, "after which irq_pending is clear", "%x", clear);
 
 	count = irq_count[0];
 	flags = irq_save();
@@ -641,10 +649,22 @@ static void check_holding_back(void)
 	check(irq_count[0] - count == 1, "an interrupt that waited comes without a hypercall too", "%u", irq_count[0] - count);
 
 	count = irq_count[0];
+	flags = irq_save();
+	set_clockevent(NSEC_PER_MSEC);
+	delay_ns(10 * NSEC_PER_MSEC);
+	set_clockevent(900 * NSEC_PER_MSEC); /* another timer must not make it forget */
+	*lguest_field(LGUEST_DATA_irq_enabled) = flags;
+	spin_for_tick(count, 500);
+	before = irq_count[0] - count;
+	set_clockevent(0);
+	check(before == 1, "even if the timer was set again meanwhile", "%u", before);
+
+	count = irq_count[0];
 	set_clockevent(20 * NSEC_PER_MSEC);
 	set_clockevent(0);
 	delay_ns(50 * NSEC_PER_MSEC);
 	check(irq_count[0] == count, "a timer of 0 cancels", "%u", irq_count[0] - count);
+	*lguest_field(LGUEST_DATA_blocked_interrupts) = blocked;
 }
 
 u32 noirq_spin(volatile u32 *counter, u32 tsc_cycles);
@@ -662,7 +682,7 @@ static void check_noirq(void)
 
 static void check_halt(void)
 {
-	u32 count = irq_count[0], flags, enabled;
+	u32 count = irq_count[0], flags, enabled, blocked = block_devices();
 	u64 before, after;
 	bool woken;
 
@@ -684,6 +704,7 @@ static void check_halt(void)
 	halt();
 	enabled = *lguest_field(LGUEST_DATA_irq_enabled);
 	irq_restore(flags);
+	*lguest_field(LGUEST_DATA_blocked_interrupts) = blocked;
 	check(irq_count[0] != count && enabled == X86_EFLAGS_IF, "HALT with interrupts off turns them on",
 	      "irq_enabled %x, %u interrupts", enabled, irq_count[0] - count);
 }
@@ -908,6 +929,39 @@ static void check_reset(struct device *device)
 	      device->desc->status);
 }
 
+/*
+ * Programs come from disks, and a device writes memory without the CPU's knowledge: a host that translates code must notice.
+ * As in Linux, the page is mapped for ring 3, read-only, before anything in it runs.
+ */
+static void check_code_from_disk(struct device *disk)
+{
+	u32 mark, wrong = 0;
+	u8 *page;
+
+	user_map();
+	mark = alloc_mark();
+	page = alloc_pages(1);
+	for (u32 i = 0; i < 50; i++) {
+		u32 result = 3000 + i;
+
+		memset(page, 0, SECTOR_SIZE);
+		page[0] = 0xbb; /* movl $result, %ebx; xorl %eax, %eax; int $0x80 */
+		memcpy(page + 1, &result, 4);
+		memcpy(page + 5, "\x31\xc0\xcd\x80", 4);
+		blk_write(disk, i, page, 1);
+	}
+	for (u32 i = 0; i < 50; i++) {
+		blk_read(disk, i, page, 1);
+		map_page(TEST_PAGE, (u32)page, PTE_PRESENT | PTE_USER | PTE_ACCESSED);
+		run_user(TEST_PAGE, USER_STACK_TOP, 0, 0);
+		wrong += last_trap.number != TRAP_SYSCALL_EXIT || last_trap.eax != 3000 + i;
+		unmap_page(TEST_PAGE);
+	}
+	check(!wrong, "code read from the disk is run as read", "%u of 50 times wrong", wrong);
+	alloc_release(mark);
+	user_unmap();
+}
+
 static void check_disk(bool overwrite)
 {
 	u32 mark = alloc_mark();
@@ -948,6 +1002,7 @@ static void check_disk(bool overwrite)
 	check(!status && !irqs, "with NO_INTERRUPT it works and doesn't interrupt", "status %u, %u interrupts", status, irqs);
 	if (overwrite) {
 		check(blk_check_rw(disk), "what is written can be read back", "see blk verify");
+		check_code_from_disk(disk);
 		if (disk->features >> VIRTIO_BLK_F_FLUSH & 1)
 			check(blk_do(disk, VIRTIO_BLK_T_FLUSH, 0, NULL, 0, 0) == 0, "the disk can be flushed", "-");
 	}
