@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from lgmp import __version__
-from lgmp.errors import LgmpError
+from lgmp.errors import LgmpError, say
 from lgmp.hosts.choice import HOSTS
+
+if TYPE_CHECKING:
+    from lgmp.launcher import End
 
 _DESCRIPTION = """\
 lgmp launches lguest guests: 32-bit Linux kernels built with CONFIG_LGUEST_GUEST.
@@ -59,17 +64,51 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that `argv` (default: the process's own arguments) names; gives its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        if words and words[0] in _COMMANDS:
-            return _COMMANDS[words[0]](words[1:])
-        _top_parser().parse_args(words)
+        _open_missing_stdio()
+        try:
+            return _dispatch(words)
+        finally:
+            sys.stdout.flush()
     except LgmpError as error:
-        print(f"lgmp: {error}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:
-        # Whoever read our stdout has gone; so that Python does not complain of it while it exits:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 1
+        say(str(error))
+    except KeyboardInterrupt:  # before the guest's, or after it
+        return 128 + signal.SIGINT
+    except OSError as error:
+        _say_system_error(error)
     return 1
+
+
+def _dispatch(words: Sequence[str]) -> int:
+    if words and words[0] in _COMMANDS:
+        return _COMMANDS[words[0]](words[1:])
+    _top_parser().parse_args(words)
+    return 1
+
+
+def _open_missing_stdio() -> None:
+    """Open /dev/null where stdin, stdout or stderr is closed: a disk must not take its place, and get what is printed."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest descriptor that is free: this one
+    sys.stdin = sys.stdin or open(0, closefd=False)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)
+
+
+def _say_system_error(error: OSError) -> None:
+    """What the system refused us, and so has no message of our own."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # It is stdout, and its reader has gone or its disk is full; so that Python does not complain while it exits:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if isinstance(error, BrokenPipeError):
+            return
+    where = f"{error.filename}: " if error.filename else ""
+    remedy = "; allow more with `ulimit -n`" if error.errno == errno.EMFILE else ""
+    say(f"{where}{error.strerror or error}{remedy}")
 
 
 def _top_parser() -> argparse.ArgumentParser:
@@ -117,7 +156,7 @@ def run_parser() -> argparse.ArgumentParser:
 
 def _run(words: Sequence[str]) -> int:
     # Imported here, so that --help and doctor work where the rest cannot.
-    from lgmp.launcher import BlockOption, GuestOptions  # noqa: PLC0415
+    from lgmp.launcher import BlockOption, GuestOptions, launch  # noqa: PLC0415
     from lgmp.loader.memory_size import check_memory_size, parse_memory_size  # noqa: PLC0415
 
     ours, separator, kernels = _partition(words, "--")
@@ -141,7 +180,7 @@ def _run(words: Sequence[str]) -> int:
         name=name,
         verbose=arguments.verbose,
     )
-    return finish(options)
+    return finish(launch(options))
 
 
 def _partition(words: Sequence[str], separator: str) -> tuple[Sequence[str], bool, Sequence[str]]:
@@ -151,17 +190,12 @@ def _partition(words: Sequence[str], separator: str) -> tuple[Sequence[str], boo
     return words[:at], True, words[at + 1 :]
 
 
-def finish(options: object) -> int:
-    """Launch a guest; say how it ended, or start it again if that is what it wanted; gives the exit status."""
-    from lgmp.launcher import GuestOptions, launch  # noqa: PLC0415
-
-    assert isinstance(options, GuestOptions)
-    end = launch(options)
+def finish(end: End) -> int:
+    """Say how a guest ended, or start it again if that is what it wanted; gives the exit status."""
     if end.message is not None:
-        print(f"lgmp: {end.message}", file=sys.stderr)
+        say(end.message)
     if end.reboot:
         # As every lguest launcher: the same process, the same arguments, from the start.
-        sys.stderr.flush()
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     return end.code
 

@@ -8,7 +8,7 @@ import tempfile
 from importlib import resources
 
 from lgmp.cli import finish
-from lgmp.launcher import BlockOption, GuestOptions, Running
+from lgmp.launcher import BlockOption, GuestOptions, Running, launch
 
 _MEMORY_BYTES = 16 << 20
 _DISK_BYTES = 4 << 20
@@ -31,7 +31,8 @@ def demo() -> int:
                 name="demo",
                 on_running=_show,
             )
-            return finish(options)
+            end = launch(options)
+    return finish(end)
 
 
 def _show(running: Running) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import resource
@@ -55,6 +56,7 @@ def examine() -> Iterator[Finding]:
     )
     yield _try("guest memory", "sealed memfd, mapped shared", _guest_memory)
     yield _try("embedded host", "Unicorn is there and its CPU state is where it should be", _embedded_host)
+    yield _fast_stores()
     yield Finding(
         "kernel host",
         False,
@@ -99,6 +101,22 @@ def _embedded_host() -> None:
     with GuestMemory.create(1 << 20) as memory:
         cpu = Cpu(memory.view, 1 << 20)
         cpu.close()
+
+
+def _fast_stores() -> Finding:
+    from lgmp.hosts.embedded.cpu import Cpu  # noqa: PLC0415 - as above
+
+    fast = False
+    with contextlib.suppress(LgmpError), GuestMemory.create(1 << 20) as memory:
+        cpu = Cpu(memory.view, 1 << 20)
+        fast = cpu.fast_stores
+        cpu.close()
+    return Finding(
+        "speed of the embedded host",
+        fast,
+        "tlbshim.so is in use" if fast else "tlbshim.so is not in use, guests run two to six times slower",
+        "it must lie in a file system that allows programs (noexec?), and LGMP_TLBSHIM=off must not be set",
+    )
 
 
 def _message_queue() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 
 class LgmpError(Exception):
     """A condition the user can understand and mend.
@@ -13,3 +15,12 @@ class LgmpError(Exception):
 
 class GuestDied(LgmpError):
     """The guest is dead, killed by the host for what it did or by its own hand; the message is the reason."""
+
+
+def say(text: str) -> None:
+    """One line to the user on stderr, with nothing in it that a terminal would obey. Never raises: stderr may be gone."""
+    line = "".join(character if character.isprintable() else f"\\x{ord(character):02x}" for character in text)
+    try:
+        print(f"lgmp: {line}", file=sys.stderr, flush=True)
+    except OSError:
+        pass

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import socket
 import sys
@@ -15,9 +16,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lgmp import hosts
-from lgmp.bus import BusDevice, LguestBus, QueueNotify, StatusNotify
+from lgmp.bus import BusDevice, LguestBus, QueueNotify, StatusNotify, vring_pages
 from lgmp.disk import Disk
-from lgmp.errors import LgmpError
+from lgmp.errors import say
 from lgmp.hosts import choice
 from lgmp.loader import LoadedGuest, load_guest
 from lgmp.mailbox import sweep_stale_queues
@@ -39,6 +40,9 @@ POWER_DOWN = "CRASH: Power down"
 
 # A guest that a signal or three ^C end gets this long, in seconds, for its workers to finish.
 _PATIENCE = 2.0
+
+# How often early output that stdout does not take looks whether the end has come.
+_LOOK_UP_MILLISECONDS = 100
 
 _ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
@@ -99,7 +103,7 @@ class Launch:
         self._end: End | None = None
         self._host: hosts.Host | None = None
         self._name = options.name or f"{os.path.basename(options.kernel)}-{os.getpid()}"
-        self._say: Callable[[str], None] = _say if options.verbose else _say_nothing
+        self._say: Callable[[str], None] = say if options.verbose else _say_nothing
 
     def run(self) -> End:
         """Build the guest, run it, take it down."""
@@ -107,7 +111,7 @@ class Launch:
         kind = choice.choose(options.host)
         sweep_stale_queues()
         disks = [stack.enter_context(Disk.open(block.path, read_only=block.read_only)) for block in options.blocks]
-        memory = stack.enter_context(GuestMemory.create(options.memory_bytes))
+        memory = stack.enter_context(GuestMemory.create(options.memory_bytes, _device_pages(len(disks))))
         self._memory = memory
         bus = LguestBus(memory)
         self._bus = bus
@@ -141,9 +145,11 @@ class Launch:
                 Running(tuple((worker.device.name, worker.process.pid) for worker in supervisor.workers))
             )
         end = self._run_guest(host)
-        self._end = self._end or end
-        supervisor.stop(end.patience)
-        return end if self._end is end or end.code != EXIT_POWERED_OFF else self._end
+        # What else wanted the end matters to a guest that has powered off, but not to one that died of itself.
+        if self._end is None or end.code != EXIT_POWERED_OFF:
+            self._end = end
+        supervisor.stop(self._end.patience)
+        return self._end
 
     def _add_devices(self, bus: LguestBus, disks: Sequence[Disk], terminal: RawTerminal | None) -> None:
         """Devices in the order of the command line, the console last, as every lguest launcher had them."""
@@ -194,7 +200,7 @@ class Launch:
                     if event.reason == POWER_DOWN:
                         self._say(f"guest {self._name}: powered off")
                         return End(EXIT_POWERED_OFF)
-                    return End(EXIT_FAILED, _printable(event.reason))
+                    return End(EXIT_FAILED, " ".join(event.reason.split()))
                 case hosts.Reboot():
                     self._say(f"guest {self._name}: reboot")
                     return End(EXIT_POWERED_OFF, reboot=True)
@@ -206,7 +212,7 @@ class Launch:
         match target:
             case QueueNotify():
                 if target.device.status == 0:
-                    _say(f"{target.device.name} gave early output")
+                    say(f"{target.device.name} gave early output")
                     return
                 self._supervisor.kick(self._worker_of(target.device))
             case StatusNotify():
@@ -220,7 +226,7 @@ class Launch:
 
     def _reset(self, worker: Worker) -> None:
         self._say(f"device {worker.device.index}: {worker.device.name} reset")
-        if self._supervisor.reset(worker):
+        if self._supervisor.reset(worker, give_up=lambda: self._end is not None):
             worker.device.reset()
 
     def _early_console(self, address: int) -> None:
@@ -230,7 +236,22 @@ class Launch:
             self._finish(End(EXIT_FAILED, f"Bad NOTIFY {address:#x}"))
             return
         end = self._memory.map.find(b"\0", address, limit)
-        _write_out(self._memory.view[address : end if end >= 0 else limit])
+        self._write_out(self._memory.view[address : end if end >= 0 else limit])
+
+    def _write_out(self, data: memoryview) -> None:
+        """All of it to stdout, unless nobody can have it any more or the end has come."""
+        poll = select.poll()
+        poll.register(1, select.POLLOUT)
+        while data and self._end is None:
+            if not poll.poll(_LOOK_UP_MILLISECONDS):
+                continue
+            try:
+                # A pipe that is writable takes this much without blocking.
+                data = data[os.write(1, data[: select.PIPE_BUF]) :]
+            except BlockingIOError:
+                continue
+            except OSError:
+                return
 
     def _send_interrupts(self, host: hosts.Host) -> None:
         """Interrupts for the rings that got used elements, decided here, where the guest stands still."""
@@ -251,8 +272,8 @@ class Launch:
             self._host.break_in()
 
     def _finish(self, end: End) -> None:
-        """From any thread: the guest has to end. The first word counts."""
-        if self._end is None:
+        """From any thread: the guest has to end. The first word counts, unless it was that all is well."""
+        if self._end is None or self._end.code == EXIT_POWERED_OFF:
             self._end = end
         self._break_in()
 
@@ -288,6 +309,11 @@ def _take_note(_number: int, _frame: object) -> None:
     """The number is in the wakeup descriptor already."""
 
 
+def _device_pages(disks: int) -> int:
+    """The pages above RAM: the descriptor page, and the rings of the disks and the console. The guest gets no more."""
+    return 1 + (disks + virtio_console.QUEUES) * vring_pages(ids.VIRTQUEUE_NUM)
+
+
 def _letters(number: int) -> str:
     """The letters of a disk: a, b, ... z, aa, ab, ... as Linux names them."""
     letters = ""
@@ -298,33 +324,6 @@ def _letters(number: int) -> str:
     return letters
 
 
-def _printable(text: str) -> str:
-    """A guest's text for a terminal: one line, nothing that a terminal would obey."""
-    line = " ".join(text.split())
-    return "".join(character if character.isprintable() else f"\\x{ord(character):02x}" for character in line)
-
-
-def _write_out(data: memoryview) -> None:
-    """All of it to stdout; output that nobody can have any more is dropped."""
-    while data:
-        try:
-            data = data[os.write(1, data) :]
-        except BlockingIOError:
-            _wait_for_stdout()
-        except OSError:
-            return
-
-
-def _wait_for_stdout() -> None:
-    import select  # noqa: PLC0415
-
-    select.select([], [1], [])
-
-
-def _say(text: str) -> None:
-    print(f"lgmp: {text}", file=sys.stderr, flush=True)
-
-
 def _say_nothing(text: str) -> None:
     pass
 
@@ -332,4 +331,5 @@ def _say_nothing(text: str) -> None:
 def _set_title(title: str) -> None:
     from setproctitle import setproctitle  # noqa: PLC0415 - it is slow to load, and the guest can be loaded meanwhile
 
-    setproctitle(title)
+    # A file's name may be anything; the title is text.
+    setproctitle(os.fsencode(title).decode(errors="replace"))

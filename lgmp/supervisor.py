@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -134,12 +135,27 @@ class Supervisor:
 
         Raises LgmpError where it cannot be started.
         """
-        name = device.name
-        mailbox = Mailbox.create(queue_name(os.getpid(), name), MAILBOX_MESSAGES, MAILBOX_MESSAGE_BYTES)
-        control = ControlPage.create()
+        with contextlib.ExitStack() as undo:
+            mailbox = Mailbox.create(queue_name(os.getpid(), device.name), MAILBOX_MESSAGES, MAILBOX_MESSAGE_BYTES)
+            undo.callback(mailbox.close)
+            undo.callback(mailbox.unlink)
+            control = ControlPage.create()
+            undo.callback(control.close)
+            process = self._spawn(device, specification, mailbox, control)
+            undo.callback(process.wait)
+            undo.callback(process.kill)
+            worker = Worker(device, process, mailbox, control, os.pidfd_open(process.pid))
+            undo.pop_all()
+        self.workers.append(worker)
+        self._waker.watch(worker.pidfd, lambda: self._see_end(worker))
+        return worker
+
+    def _spawn(
+        self, device: BusDevice, specification: WorkerSpecification, mailbox: Mailbox, control: ControlPage
+    ) -> subprocess.Popen[bytes]:
         command = [
             *(sys.executable, "-P", "-m", specification.module),
-            *("--name", name),
+            *("--name", device.name),
             *("--guest", self._guest_name),
             *("--device", str(device.index)),
             *("--memory-fd", str(self._memory.fd)),
@@ -153,22 +169,16 @@ class Supervisor:
         ]
         old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_BACK_WHILE_STARTING)
         try:
-            process = subprocess.Popen(
+            return subprocess.Popen(
                 command,
                 stdin=None if specification.has_terminal else subprocess.DEVNULL,
                 stdout=None if specification.has_terminal else subprocess.DEVNULL,
                 pass_fds=(self._memory.fd, control.fd, *specification.descriptors),
             )
         except OSError as error:
-            mailbox.unlink()
-            mailbox.close()
-            raise LgmpError(f"cannot start the worker of {name}: {error}") from error
+            raise LgmpError(f"cannot start the worker of {device.name}: {error}") from error
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
-        worker = Worker(device, process, mailbox, control, os.pidfd_open(process.pid))
-        self.workers.append(worker)
-        self._waker.watch(worker.pidfd, lambda: self._see_end(worker))
-        return worker
 
     def kick(self, worker: Worker) -> None:
         """Have a worker look at its rings. Never blocks: a full mailbox means that a kick waits there already."""
@@ -181,16 +191,16 @@ class Supervisor:
         worker.control.accepted_features = worker.device.accepted_features
         worker.negotiated = True
 
-    def reset(self, worker: Worker) -> bool:
-        """Have a worker let go of its rings, and wait until it has; False where it ended instead.
+    def reset(self, worker: Worker, give_up: Callable[[], bool]) -> bool:
+        """Have a worker let go of its rings, and wait until it has; False where it ended instead, or `give_up()` says so.
 
         The guest's thread calls this while the guest waits in its NOTIFY.
         """
         worker.reset_done.clear()
-        if not self._send(worker, _RESET):
+        if not self._send(worker, _RESET, give_up):
             return False
         while not worker.reset_done.wait(0.1):
-            if worker.ended.is_set():
+            if worker.ended.is_set() or give_up():
                 return False
         self.used.difference_update([used for used in self.used if used[0] == worker.device.index])
         worker.negotiated = False
@@ -202,9 +212,19 @@ class Supervisor:
         `patience`: after so many seconds in all they are killed; None: wait for as long as their output takes.
         """
         self._stopping = True
+        deadline = None if patience is None else time.monotonic() + patience
+
+        def give_up() -> bool:
+            return deadline is not None and time.monotonic() >= deadline
+
+        # Those that have room first: none has to wait for another that is stuck.
+        full = [worker for worker in self.workers if not worker.mailbox.post(_STOP)]
+        for worker in full:
+            self._send(worker, _STOP, give_up)
         for worker in self.workers:
-            self._send(worker, _STOP)
-        self._await_ends(patience)
+            while not worker.ended.wait(0.1):
+                if give_up():
+                    self.kill()
 
     def kill(self) -> None:
         """Kill whatever runs, at once."""
@@ -226,20 +246,10 @@ class Supervisor:
         self._completions.unlink()
         self._completions.close()
 
-    def _await_ends(self, patience: float | None) -> None:
-        step = 0.1
-        waited = 0.0
-        for worker in self.workers:
-            while not worker.ended.wait(step):
-                waited += step
-                if patience is not None and waited >= patience:
-                    self.kill()
-                    patience = None
-
-    def _send(self, worker: Worker, message: bytes) -> bool:
-        """Send what must not be lost, waiting for room; False where the worker has ended."""
+    def _send(self, worker: Worker, message: bytes, give_up: Callable[[], bool]) -> bool:
+        """Send what must not be lost, waiting for room; False where the worker has ended, or `give_up()` says so."""
         while not worker.mailbox.send(message, timeout=0.1):
-            if worker.ended.is_set():
+            if worker.ended.is_set() or give_up():
                 return False
         return not worker.ended.is_set()
 

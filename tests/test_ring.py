@@ -74,7 +74,7 @@ def test_a_layout_that_is_none_is_refused(text: str) -> None:
     ],
 )
 def test_a_ring_of_impossible_size_or_place_is_refused(driver: Driver, layout: VringLayout) -> None:
-    with pytest.raises(RingError, match="^vda: queue 0: "):
+    with pytest.raises(RingError, match=r"^vda: queue 0: "):
         Virtqueue(driver.memory, layout, name="vda: queue 0", position=driver.control.position(0))
 
 

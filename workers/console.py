@@ -9,6 +9,7 @@ the guest takes no input (any more, or yet): what is typed meanwhile waits here,
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import select
 import stat
@@ -307,8 +308,9 @@ class Console(Device):
 def _unblocked(fd: int, access: int) -> int:
     """A descriptor of our own for the pipe or terminal `fd`, one that does not block; else `fd` itself."""
     try:
-        mode = os.fstat(fd).st_mode
-        if stat.S_ISFIFO(mode) or os.isatty(fd):
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE not in (access, os.O_RDWR):
+            return fd
+        if stat.S_ISFIFO(os.fstat(fd).st_mode) or os.isatty(fd):
             return os.open(f"/proc/self/fd/{fd}", access | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     except OSError:
         pass

@@ -16,6 +16,12 @@ static struct virtqueue *queue;
 static u8 *page; /* 4 KiB for buffers */
 static u16 in_flag; /* VRING_DESC_F_WRITE where the queue's buffers are for the device to fill */
 
+static bool never(void *arg)
+{
+	(void)arg;
+	return false;
+}
+
 static void put(u16 index, u64 address, u32 length, u16 flags, u16 next)
 {
 	queue->desc[index].addr = address;
@@ -43,10 +49,22 @@ static void submit(u16 head)
 	notify(queue->pfn << PAGE_SHIFT);
 }
 
-/* One descriptor, and nothing else. */
-static void submit_one(u64 address, u32 length, u16 flags)
+/* A request that is right but for one buffer: of a disk the data, elsewhere all there is. */
+static void submit_buffer(u64 address, u32 length, u16 flags)
 {
-	put(0, address, length, flags | in_flag, 0);
+	switch (target->desc->type) {
+	case VIRTIO_ID_BLOCK:
+		put(0, (u32)page, sizeof(struct virtio_blk_outhdr), VRING_DESC_F_NEXT, 1);
+		put(1, address, length, flags | VRING_DESC_F_WRITE | VRING_DESC_F_NEXT, 2);
+		put(2, (u32)page + 1024, 1, VRING_DESC_F_WRITE, 0);
+		break;
+	case VIRTIO_ID_NET:
+		put(0, (u32)page, 10, VRING_DESC_F_NEXT, 1);
+		put(1, address, length, flags, 0);
+		break;
+	default:
+		put(0, address, length, flags | in_flag, 0);
+	}
 	submit(0);
 }
 
@@ -72,17 +90,17 @@ static void put_good_request(void)
 
 /* Rings: any device */
 
-static void outside(void) { submit_one(guest_limit, 16, 0); }
-static void past_end(void) { submit_one(guest_limit - 15, 16, 0); }
-static void high_address(void) { submit_one(0x100000000ull + (u32)page, 16, 0); }
-static void wrap_32(void) { submit_one(0xfffffff0, 32, 0); }
-static void wrap_64(void) { submit_one(0xfffffffffffffff0ull, 32, 0); }
-static void huge_length(void) { submit_one((u32)page, 0xffffffff, 0); }
-static void zero_length(void) { submit_one((u32)page, 0, 0); }
+static void outside(void) { submit_buffer(guest_limit, 512, 0); }
+static void past_end(void) { submit_buffer(guest_limit - 511, 512, 0); }
+static void high_address(void) { submit_buffer(0x100000000ull + (u32)page, 512, 0); }
+static void wrap_32(void) { submit_buffer(0xfffffff0, 32, 0); }
+static void wrap_64(void) { submit_buffer(0xfffffffffffffff0ull, 32, 0); }
+static void huge_length(void) { submit_buffer((u32)page, 0xffffffff, 0); }
+static void zero_length(void) { submit_buffer((u32)page, 0, 0); }
 static void head_num(void) { put_good_request(); submit(queue->num); }
 static void head_wild(void) { put_good_request(); submit(0xffff); }
 static void self_loop(void) { put(0, (u32)page, 16, in_flag | VRING_DESC_F_NEXT, 0); submit(0); }
-static void unknown_flags(void) { submit_one((u32)page, 16, 0xfff8); }
+static void unknown_flags(void) { submit_buffer((u32)page + 512, 512, 0xfff8); }
 
 static void next_num(void)
 {
@@ -259,6 +277,8 @@ static void readable_input(void)
 	queue = &target->vqs[0];
 	put(0, (u32)page, 64, 0, 0);
 	submit(0);
+	/* Nobody may look at it before there is input. */
+	wait_for(never, NULL, 3000);
 }
 
 /* Rings: the disk */
@@ -483,10 +503,15 @@ static void async_halt(void)
 
 static void lguest_data_trash(void)
 {
+	u32 blocked = *lguest_field(LGUEST_DATA_blocked_interrupts);
+
 	memset(lguest_data, 0xff, 84);
 	hcall(LHCALL_FLUSH_ASYNC, 0, 0, 0, 0);
 	for (volatile u32 i = 0; i < 10000000; i++)
 		;
+	*lguest_field(LGUEST_DATA_blocked_interrupts) = blocked;
+	if (abi->irq_pending != NO_FIELD)
+		*lguest_field(abi->irq_pending) = 0;
 	irq_restore(X86_EFLAGS_IF);
 }
 
@@ -515,7 +540,15 @@ static void fault_loop(void)
 	read_test_page();
 }
 
-static void ring3_hypercall(void) { user_map(); user_run(user_hypercall, 0, 0); user_unmap(); }
+
+static void ring3_hypercall(void)
+{
+	user_map();
+	user_run(user_hypercall, 0, 0);
+	user_unmap();
+	print("trap %u error %x\n", last_trap.number, last_trap.error);
+}
+
 static void jump_unmapped(void) { ((void (*)(void))TEST_AREA)(); }
 static void jump_host(void) { ((void (*)(void))0xffc00000u)(); }
 static void sysenter_ring1(void) { asm volatile("sysenter"); }
@@ -629,7 +662,7 @@ static const struct misdeed {
 	{ "descriptor-trash", descriptor_trash, RING, STOPS_DEVICE ": a descriptor table of chance" },
 	{ "same-head", same_head, RING, "one request in every slot of the avail ring: all are done, or " STOPS_DEVICE },
 	{ "early", early, RING, "a warning: output with status 0 is ignored" },
-	{ "failed-status", failed_status, RING, "the driver says it failed: the device is left alone" },
+	{ "failed-status", failed_status, RING, "the driver says it failed: the request is done all the same, or not" },
 	{ "pfn-lie", pfn_lie, RING, "the descriptor is spoilt, and the launcher doesn't believe it: all goes well" },
 	{ "indirect-outside", indirect_outside, RING, STOPS_DEVICE ": an indirect table beyond memory" },
 	{ "indirect-high", indirect_high, RING, STOPS_DEVICE ": an indirect table that is there but for its upper half" },
@@ -643,7 +676,7 @@ static const struct misdeed {
 	{ "indirect-long", indirect_long, RING, STOPS_DEVICE ": an indirect table longer than the ring" },
 
 	{ "writable-output", writable_output, CONSOLE, STOPS_DEVICE ": a writable buffer for output" },
-	{ "readable-input", readable_input, CONSOLE, STOPS_DEVICE ": a readable buffer for input" },
+	{ "readable-input", readable_input, CONSOLE, STOPS_DEVICE ": a readable buffer for input; at the latest when there is input" },
 
 	{ "header-15", header_15, BLOCK, STOPS_DEVICE ": a header of 15 bytes" },
 	{ "header-17", header_17, BLOCK, STOPS_DEVICE ": a header of 17 bytes" },
@@ -707,7 +740,7 @@ static const struct misdeed {
 	{ "shutdown-wild", shutdown_wild, OTHER, ENDS ": a message at 0xfffffff0" },
 	{ "async-garbage", async_garbage, OTHER, ENDS ": 64 asynchronous calls of number 0x63636363" },
 	{ "async-halt", async_halt, OTHER, ENDS ": a bad NOTIFY and a HALT in the asynchronous ring" },
-	{ "lguest-data-trash", lguest_data_trash, OTHER, "nothing: the shared fields are all ones for a while" },
+	{ "lguest-data-trash", lguest_data_trash, OTHER, "nothing: the fields shared with the host are all ones for a while" },
 	{ "descriptors-trash", descriptors_trash, OTHER, "nothing, or " ENDS ": the descriptor page is all ones" },
 	{ "no-handler", no_handler, OTHER, ENDS ": unhandled trap 6" },
 	{ "no-fault-handler", no_fault_handler, OTHER, ENDS ": unhandled trap 14" },
@@ -723,7 +756,7 @@ static const struct misdeed {
 	{ "null-segment", null_segment, OTHER, "trap 13 error 0; the embedded host's CPU lets it pass" },
 	{ "beyond-segment", beyond_segment, OTHER, "trap 13 error 0; the embedded host's CPU lets it pass" },
 	{ "iret-ring0", iret_ring0, OTHER, "trap 13 error 60" },
-	{ "iret-vm86", iret_vm86, OTHER, "nothing: the flag is ignored" },
+	{ "iret-vm86", iret_vm86, OTHER, "nothing: the flag is ignored; the embedded host's CPU goes to virtual 8086 mode, and traps" },
 	{ "iret-nt", iret_nt, OTHER, "a trap, or " ENDS ": a return to no task" },
 	{ "popf-iopl", popf_iopl, OTHER, "trap 13 error 0: the level stays, so sti traps" },
 	{ "single-step", single_step, OTHER, "trap 1" },
@@ -736,12 +769,6 @@ static const struct misdeed {
 static void commit(void *arg)
 {
 	((const struct misdeed *)arg)->commit();
-}
-
-static bool never(void *arg)
-{
-	(void)arg;
-	return false;
 }
 
 static const struct misdeed *find(const char *name)

@@ -50,7 +50,7 @@ _ENV_BYTES = 0x1580
 CS_SELECTOR = (_SEGMENTS + SEG_CS * _SEGMENT_BYTES) // 4  # d
 SS_SELECTOR = (_SEGMENTS + SEG_SS * _SEGMENT_BYTES) // 4  # d
 _ES_BASE = (_SEGMENTS + SEG_ES * _SEGMENT_BYTES + 8) // 8  # q
-_CS_BASE = (_SEGMENTS + SEG_CS * _SEGMENT_BYTES + 8) // 8  # q
+CS_BASE = (_SEGMENTS + SEG_CS * _SEGMENT_BYTES + 8) // 8  # q
 _SS_BASE = (_SEGMENTS + SEG_SS * _SEGMENT_BYTES + 8) // 8  # q
 _DS_BASE = (_SEGMENTS + SEG_DS * _SEGMENT_BYTES + 8) // 8  # q
 _LIMIT_AFTER_SELECTOR = 16 // 4  # d
@@ -75,6 +75,9 @@ CR0_AT_START = 0x00050033
 # OSFXSR and OSXMMEXCPT: the guest may use SSE. No PSE, no PGE, no PAE.
 CR4_AT_START = 0x00000600
 
+# The high word of a descriptor: present, 32-bit TSS, not busy.
+_AVAILABLE_TASK_STATE = 0x8900
+
 _PROOF_ADDRESS = 0x12345678
 
 
@@ -82,7 +85,8 @@ class Cpu:
     """The CPU, its guest memory mapped and its GDT empty but for the kernel's two segments.
 
     `q` and `d` are live views of its state in 64-bit and 32-bit words; the constants of this module are their
-    indices. `gdt` is a live view of the 32 entries of its GDT in 32-bit words.
+    indices. `gdt` is a live view of the 32 entries of its GDT in 32-bit words. `fast_stores` says whether the guest's
+    stores go straight to memory (tlbshim.c).
     """
 
     def __init__(self, guest_memory: memoryview, guest_limit: int) -> None:
@@ -131,6 +135,9 @@ class Cpu:
         self._check(
             self._library.uc_reg_write(handle, uc.UC_X86_REG_GDTR, ctypes.byref(table)), "set the descriptor table"
         )
+        # A task state of no size: a far call to an inner ring finds no stack there, #TS; without any, Unicorn aborts.
+        task = uc.MemoryManagementRegister(0, 0, 0, _AVAILABLE_TASK_STATE)
+        self._check(self._library.uc_reg_write(handle, uc.UC_X86_REG_TR, ctypes.byref(task)), "set the task register")
         self._thunks = Thunks(self._function_address("raise_exception_err_x86_64"), _HFLAGS_BYTES)
         for instruction, thunk in (
             (uc.UC_X86_INS_IN, self._thunks.port_in),
@@ -139,8 +146,12 @@ class Cpu:
             (uc.UC_X86_INS_SYSENTER, self._thunks.sysenter),
         ):
             self._add_hook(uc.UC_HOOK_INSN, thunk, env, instruction)
+        self._add_hook(uc.UC_HOOK_EDGE_GENERATED, self._thunks.new_block, env)
         self.read_tsc: Callable[[], int] = ctypes.CFUNCTYPE(ctypes.c_uint64)(self._thunks.read_tsc)
         self._prove(env)
+        # Whether tlbshim.c stands where it should, by what it counted during the proof.
+        shim = self._library.tlbshim
+        self.fast_stores = shim is not None and ctypes.c_uint64.in_dll(shim, "lgmp_tlbshim_fills").value > 0
 
     # Calls that hot paths make; each is one call into the library.
 

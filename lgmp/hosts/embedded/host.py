@@ -137,6 +137,8 @@ class EmbeddedHost:
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
+        if not cpu.d[c.HFLAGS] & c.HF_CPL_MASK:
+            raise GuestKilled(f"the guest gave itself ring 0 at {cpu.q[c.EIP]:#x}")
         if error != UC_ERR_OK:
             at = f"at {cpu.q[c.EIP]:#x}"
             if error in _OUTSIDE:

@@ -156,6 +156,7 @@ class Hypercalls:
             raise GuestKilled(f"bad page directory {directory:#x}")
         guest.words[(directory >> 2) + abi.SWITCHER_PGD_INDEX] = self._cpu.switcher_entry
         self._cpu.load_page_directory(directory)
+        guest.directory = directory
         guest.paging = True
 
     def _flush_tlb(self, everything: int, a2: int, a3: int, a4: int) -> None:
@@ -165,10 +166,12 @@ class Hypercalls:
     def _set_pte(self, directory: int, address: int, entry: int, a4: int) -> None:
         guest, cpu = self._guest, self._cpu
         if entry & abi.PAGE_PRESENT:
+            if address >= abi.SWITCHER_ADDRESS:
+                raise GuestKilled("attempt to set pte into Switcher pages")
             check_page_table_entry(entry, guest.pfn_limit)
             if entry & abi.PAGE_USER:
                 self._note_user_page(entry)
-        if directory == cpu.q[c.CR3] or address >= guest.kernel_address:
+        if directory == guest.directory or address >= guest.kernel_address:
             cpu.flush_page(address)
 
     def _note_user_page(self, entry: int) -> None:
@@ -197,7 +200,7 @@ class Hypercalls:
         if index == abi.SWITCHER_PGD_INDEX:
             return
         check_page_directory_entry(guest.words[(directory >> 2) + index], guest.pfn_limit)
-        if directory == self._cpu.q[c.CR3]:
+        if directory == guest.directory:
             self._cpu.flush_all()
 
     def _load_idt_entry(self, number: int, low: int, high: int, a4: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import os
 from pathlib import Path
 
 from lgmp.errors import LgmpError
@@ -31,6 +32,7 @@ UC_PROT_EXEC = 4
 UC_HOOK_INTR = 1 << 0
 UC_HOOK_INSN = 1 << 1
 UC_HOOK_INSN_INVALID = 1 << 14
+UC_HOOK_EDGE_GENERATED = 1 << 15
 _UC_CTL_IO_WRITE = 1 << 30
 UC_CTL_UC_USE_EXITS = _UC_CTL_IO_WRITE | (1 << 26) | 4
 UC_CTL_CPU_MODEL = _UC_CTL_IO_WRITE | (1 << 26) | 7
@@ -48,6 +50,7 @@ UC_X86_REG_CR2 = 52
 UC_X86_REG_CR3 = 53
 UC_X86_REG_CR4 = 54
 UC_X86_REG_GDTR = 243
+UC_X86_REG_TR = 245
 UC_X86_INS_IN = 218
 UC_X86_INS_OUT = 500
 UC_X86_INS_SYSCALL = 699
@@ -58,7 +61,7 @@ INVALID_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_voi
 
 
 class MemoryManagementRegister(ctypes.Structure):
-    """`uc_x86_mmr`: how GDTR is read and written."""
+    """`uc_x86_mmr`: how GDTR and TR are read and written."""
 
     _fields_ = (
         ("selector", ctypes.c_uint16),
@@ -85,9 +88,43 @@ def version_of(library: ctypes.CDLL) -> str:
     return f"{packed >> 24}.{packed >> 16 & 0xFF}.{packed >> 8 & 0xFF}"
 
 
+# What tlbshim.c stands in front of or calls, in the order in which lgmp_tlbshim_bind takes it.
+_TLBSHIM_FUNCTIONS = (
+    "x86_cpu_tlb_fill_x86_64",
+    "tlb_set_page_with_attrs_x86_64",
+    "tlb_set_dirty_x86_64",
+    "tb_invalidate_phys_page_fast_x86_64",
+    "tlb_protect_code_x86_64",
+    "tb_invalidate_phys_range_x86_64",
+    "tlb_reset_dirty_x86_64",
+    "qemu_map_ram_ptr_x86_64",
+)
+
+
+def load_tlbshim() -> ctypes.CDLL | None:
+    """The functions that make stores fast (tlbshim.c), to be loaded before the library so that the linker prefers them.
+
+    None where they cannot be used, or LGMP_TLBSHIM=off is in the environment: the guest runs all the same, two to six
+    times slower.
+    """
+    if os.environ.get("LGMP_TLBSHIM") == "off":
+        return None
+    try:
+        return ctypes.CDLL(str(Path(__file__).with_name("tlbshim.so")), mode=ctypes.RTLD_GLOBAL)
+    except OSError:
+        return None
+
+
+def bind_tlbshim(shim: ctypes.CDLL, library: ctypes.CDLL) -> None:
+    """Give the shim the library's own functions. Nothing else of the library may be called before."""
+    addresses = [ctypes.cast(getattr(library, name), ctypes.c_void_p) for name in _TLBSHIM_FUNCTIONS]
+    shim.lgmp_tlbshim_bind((ctypes.c_void_p * len(addresses))(*addresses))
+
+
 def load() -> ctypes.CDLL:
     """The library, with the prototypes of what the host calls. Raises LgmpError where it cannot be loaded."""
     path = library_path()
+    shim = load_tlbshim()
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
@@ -125,6 +162,9 @@ def load() -> ctypes.CDLL:
         library.tb_invalidate_phys_range_x86_64.restype = None
         library.raise_exception_err_x86_64.argtypes = (pointer, ctypes.c_int, ctypes.c_int)
         library.check_exit_request_x86_64.argtypes = (pointer,)
+        if shim is not None:
+            bind_tlbshim(shim, library)
+        library.tlbshim = shim
     except AttributeError as error:
         raise LgmpError(f"{path} is not the Unicorn {UNICORN_VERSION} of PyPI: {error}") from error
     return library

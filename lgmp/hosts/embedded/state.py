@@ -16,6 +16,7 @@ class GuestState:
 
     __slots__ = (
         "data",
+        "directory",
         "esp1",
         "event",
         "gates",
@@ -48,6 +49,9 @@ class GuestState:
         self.next_hcall = 0
         # Whether the guest has page tables of its own yet; until then addresses are linear.
         self.paging = False
+        # Guest-physical address of its page directory. Not read from CR3: should a guest ever change that, it must
+        # not lead the host astray.
+        self.directory = 0
         self.gates: list[Gate | None] = [None] * 256
         # The ring-1 stack for traps from ring 3: selector and top.
         self.ss1 = abi.KERNEL_DS | abi.GUEST_PL

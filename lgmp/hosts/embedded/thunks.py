@@ -1,6 +1,6 @@
 """A few bytes of machine code that Unicorn calls where a Python function cannot be.
 
-Some instructions must end in a fault: `in` and `out` from ring 3, sysenter and syscall from any ring. Unicorn
+Some instructions must end in a fault: `in` and `out` from ring 3, sysenter and syscall from any ring, all in ring 0. Unicorn
 calls a hook for each from the middle of a translated block and then goes on with the block, so the fault has to be
 raised inside the hook, and Unicorn's way to raise one is a longjmp, which must not cross a Python frame. Hence
 hooks in machine code (x86-64, the System V calling convention): they look at the CPU's privilege level and
@@ -30,23 +30,33 @@ def _raise(env_register: str, trap: int, raise_exception_err: int) -> bytes:
 
 
 def _port(env_register: str, load_flags: bytes, hflags_offset: int, raise_exception_err: int) -> bytes:
-    """Ring 3 gets #GP(0); for others nothing is there: all ones are read and what is written goes nowhere."""
+    """For ring 1 nothing is there: all ones are read and what is written goes nowhere. Others get #GP(0)."""
     answer = b"\xb8\xff\xff\xff\xff\xc3"  # mov eax, -1; ret
     return (
         load_flags
         + struct.pack("<I", hflags_offset)  # mov eax, [env + hflags]
-        + b"\x83\xe0\x03\x83\xf8\x03\x74"  # and eax, 3; cmp eax, 3; je over the answer
+        + b"\x83\xe0\x03\x83\xf8\x01\x75"  # and eax, 3; cmp eax, 1; jne over the answer
         + bytes([len(answer)])
         + answer
         + _raise(env_register, abi.TRAP_GENERAL_PROTECTION, raise_exception_err)
     )
 
 
+def _not_ring_0(hflags_offset: int, raise_exception_err: int) -> bytes:
+    """#GP(0) in ring 0; env in rcx."""
+    return (
+        b"\x8b\x81"
+        + struct.pack("<I", hflags_offset)  # mov eax, [env + hflags]
+        + b"\xa8\x03\x74\x01\xc3"  # test al, 3; jz over the ret; ret
+        + _raise("rcx", abi.TRAP_GENERAL_PROTECTION, raise_exception_err)
+    )
+
+
 class Thunks:
     """The hooks, in a page of their own that is executable and no longer writable once made.
 
-    `port_in`, `port_out`, `syscall` and `sysenter` are addresses for uc_hook_add with the CPU's state (env) as
-    user data; `read_tsc` is the address of a function without arguments that gives the host's time-stamp counter.
+    `port_in`, `port_out`, `syscall`, `sysenter` and `new_block` are addresses for uc_hook_add with the CPU's state
+    (env) as user data; `read_tsc` is the address of a function without arguments that gives the host's time-stamp counter.
     """
 
     def __init__(self, raise_exception_err: int, hflags_offset: int) -> None:
@@ -60,6 +70,9 @@ class Thunks:
             # switched off by lguest hosts (its code segment is 0), which makes it a general protection fault.
             "syscall": _raise("rsi", abi.TRAP_INVALID_OPCODE, raise_exception_err),
             "sysenter": _raise("rsi", abi.TRAP_GENERAL_PROTECTION, raise_exception_err),
+            # uc_hook_edge_gen_t(uc, block, block before, env): env in rcx. Called when a block has been translated,
+            # before it runs: ring 0, should a guest ever get there, does not run one instruction.
+            "new_block": _not_ring_0(hflags_offset, raise_exception_err),
             # rdtsc; shl rdx, 32; or rax, rdx; ret
             "read_tsc": b"\x0f\x31\x48\xc1\xe2\x20\x48\x09\xd0\xc3",
         }
@@ -75,6 +88,7 @@ class Thunks:
         self.port_out = addresses["port_out"]
         self.syscall = addresses["syscall"]
         self.sysenter = addresses["sysenter"]
+        self.new_block = addresses["new_block"]
         self.read_tsc = addresses["read_tsc"]
 
 

@@ -17,7 +17,7 @@ from lgmp.hosts.embedded.state import DescriptorTable, GuestKilled, GuestState
 
 # Cleared on the way into a handler (Intel SDM volume 3, section 6.12.1.3).
 _CLEARED_EFLAGS = abi.X86_EFLAGS_TF | abi.X86_EFLAGS_VM | abi.X86_EFLAGS_RF | abi.X86_EFLAGS_NT
-_INT3_OPCODE_BYTES = 1
+_ONE_BYTE_OPCODES = {abi.TRAP_INT3: 0xCC, abi.TRAP_OVERFLOW: 0xCE}
 _INT_OPCODE_BYTES = 2
 _IN_GATE = 2  # the IDT flag of an error code that names a gate
 
@@ -39,8 +39,13 @@ class Traps:
             guest = self._guest
             if guest.data is not None:
                 guest.words[(guest.data + abi.DATA_CR2) >> 2] = self._cpu.q[c.CR2] & 0xFFFFFFFF
-        elif vector == abi.TRAP_GENERAL_PROTECTION and error_code == 0 and self._skip_cli():
-            return
+        elif vector == abi.TRAP_GENERAL_PROTECTION and error_code == 0:
+            ring = d[c.HFLAGS] & c.HF_CPL_MASK
+            if ring == 0:
+                # Segment descriptors are read through the guest's own page tables, so it can forge them.
+                raise GuestKilled(f"the guest gave itself ring 0 at {self._cpu.q[c.EIP]:#x}")
+            if ring == abi.GUEST_PL and self._skip_cli():
+                return
         self._deliver_trap(vector, error_code)
 
     def software_interrupt(self, vector: int) -> None:
@@ -50,8 +55,9 @@ class Traps:
         # lg fills the gates that a guest left empty with its own, of privilege 0.
         privilege = gate.privilege if gate else 0
         if privilege < d[c.HFLAGS] & c.HF_CPL_MASK:
-            one_byte = vector in (abi.TRAP_INT3, abi.TRAP_OVERFLOW)
-            q[c.EIP] = (q[c.EIP] - (_INT3_OPCODE_BYTES if one_byte else _INT_OPCODE_BYTES)) & 0xFFFFFFFF
+            # Traps 3 and 4 have an instruction of one byte besides `int`, whose last byte is the vector.
+            one_byte = vector in _ONE_BYTE_OPCODES and self._code_at(q[c.EIP] - 1) == _ONE_BYTE_OPCODES[vector]
+            q[c.EIP] = (q[c.EIP] - (1 if one_byte else _INT_OPCODE_BYTES)) & 0xFFFFFFFF
             self._deliver_trap(abi.TRAP_GENERAL_PROTECTION, vector * 8 + _IN_GATE)
             return
         if gate is None:
@@ -106,6 +112,8 @@ class Traps:
         # The real flag is always on; what the guest thinks of it is in lguest_data.
         if guest.data is not None and not words[(guest.data + abi.DATA_IRQ_ENABLED) >> 2] & abi.X86_EFLAGS_IF:
             eflags &= ~abi.X86_EFLAGS_IF
+        if eflags & abi.X86_EFLAGS_VM:
+            eflags = self._leave_virtual_8086(eflags)
         frame = [q[c.EIP], d[c.CS_SELECTOR], eflags]
         if error_code is not None:
             frame.insert(0, error_code)
@@ -146,26 +154,39 @@ class Traps:
     def _physical(self, address: int) -> int:
         guest = self._guest
         if guest.paging:
-            return guest_physical(guest.words, self._cpu.q[c.CR3], address, guest.pfn_limit)
+            return guest_physical(guest.words, guest.directory, address, guest.pfn_limit)
         if address >= guest.limit:
             raise GuestKilled(f"Bad address {address:#x}")
         return address
+
+    def _leave_virtual_8086(self, eflags: int) -> int:
+        """Make ring-3 code of what ran in virtual-8086 mode; gives the EFLAGS to push.
+
+        A CPU enters that mode from ring 0 alone, so a guest of lguest's never does; Unicorn lets `iret` of any ring
+        do it. There the selectors and the I/O privilege are what the code says they are: a selector that looks like
+        ring 1 would have the frame pushed wherever it likes.
+        """
+        q, d = self._cpu.q, self._cpu.d
+        d[c.CS_SELECTOR] |= 3
+        d[c.SS_SELECTOR] |= 3
+        q[c.EFLAGS] &= ~abi.X86_EFLAGS_IOPL
+        return eflags & ~(abi.X86_EFLAGS_VM | abi.X86_EFLAGS_IOPL)
 
     def _skip_cli(self) -> bool:
         """A `cli` of the guest kernel's is skipped: some of its early code is not paravirtualised (lg does this since 2.6.33)."""
         cli = 0xFA
         q = self._cpu.q
-        if self._cpu.d[c.HFLAGS] & c.HF_CPL_MASK != abi.GUEST_PL:
-            return False
-        linear = (q[c.EIP] + self._table.segments[abi.GDT_ENTRY_KERNEL_CS].base) & 0xFFFFFFFF
-        try:
-            opcode = self._guest.memory[self._physical(linear)]
-        except GuestKilled:
-            return False  # it runs from a page that is not its own: let it have the fault
-        if opcode != cli:
+        if self._code_at(q[c.EIP]) != cli:
             return False
         q[c.EIP] += 1
         return True
+
+    def _code_at(self, eip: int) -> int | None:
+        """The byte of code at `eip`; None where the guest runs from a page that is not its own."""
+        try:
+            return self._guest.memory[self._physical((eip + self._cpu.q[c.CS_BASE]) & 0xFFFFFFFF)]
+        except GuestKilled:
+            return None
 
 
 def write_time(guest: GuestState) -> None:
