@@ -86,15 +86,15 @@ def _dispatch(words: Sequence[str]) -> int:
 
 
 def _open_missing_stdio() -> None:
-    """Open /dev/null where stdin, stdout or stderr is closed: a disk must not take its place, and get what is printed."""
+    """Open /dev/null where stdin, stdout or stderr is closed, so that no disk takes its place and gets what is printed."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest descriptor that is free: this one
-    sys.stdin = sys.stdin or open(0, closefd=False)
-    sys.stdout = sys.stdout or open(1, "w", closefd=False)
-    sys.stderr = sys.stderr or open(2, "w", closefd=False)
+    sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
 
 
 def _say_system_error(error: OSError) -> None:

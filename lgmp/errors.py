@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 
 
@@ -18,9 +19,7 @@ class GuestDied(LgmpError):
 
 
 def say(text: str) -> None:
-    """One line to the user on stderr, with nothing in it that a terminal would obey. Never raises: stderr may be gone."""
+    """One line to the user on stderr, with nothing in it that a terminal would obey. Never raises."""
     line = "".join(character if character.isprintable() else f"\\x{ord(character):02x}" for character in text)
-    try:
+    with contextlib.suppress(OSError):  # stderr may be gone
         print(f"lgmp: {line}", file=sys.stderr, flush=True)
-    except OSError:
-        pass

@@ -19,6 +19,10 @@ import posix_ipc
 
 from lgmp.errors import LgmpError
 
+TYPE_CHECKING = False  # as typing's, which is costly to import in a worker
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 # Where Linux shows message queues as files, when mounted (mq_overview(7)).
 MQUEUE_DIRECTORY = "/dev/mqueue"
 NAME_PREFIX = "lgmp."
@@ -85,11 +89,20 @@ def unlink(name: str) -> bool:
     return True
 
 
+def _go_on() -> None:
+    """What to do when a signal came: nothing, its handler has run."""
+
+
 class Mailbox:
-    """One end of a message queue. `fileno()` can be polled for readability."""
+    """One end of a message queue. `fileno()` can be polled for readability.
+
+    A signal does not end a wait. Its Python handler runs, but what the handler raises is lost in posix_ipc; who wants to
+    raise something sets `on_signal`, which is called after the handlers and whose exception does end the wait.
+    """
 
     def __init__(self, queue: posix_ipc.MessageQueue, name: str) -> None:
         """Take an open queue; `create` and `open` are what callers want."""
+        self.on_signal: Callable[[], None] = _go_on
         self._queue = queue
         self.name = name
 
@@ -134,7 +147,7 @@ class Mailbox:
             except posix_ipc.BusyError:
                 return False
             except posix_ipc.SignalError:
-                continue
+                self.on_signal()
             return True
 
     def send(self, raw: bytes, timeout: float | None = None) -> bool:
@@ -145,7 +158,7 @@ class Mailbox:
             except posix_ipc.BusyError:
                 return False
             except posix_ipc.SignalError:
-                continue
+                self.on_signal()
             return True
 
     def take(self) -> bytes | None:
@@ -156,7 +169,7 @@ class Mailbox:
             except posix_ipc.BusyError:
                 return None
             except posix_ipc.SignalError:
-                continue
+                self.on_signal()
             return raw
 
     def receive(self) -> bytes:
@@ -165,7 +178,7 @@ class Mailbox:
             try:
                 raw: bytes = self._queue.receive()[0]
             except posix_ipc.SignalError:
-                continue
+                self.on_signal()
             return raw
 
     def wait(self, timeout: float) -> bytes | None:
@@ -176,7 +189,7 @@ class Mailbox:
             except posix_ipc.BusyError:
                 return None
             except posix_ipc.SignalError:
-                continue
+                self.on_signal()
             return raw
 
     def unlink(self) -> None:

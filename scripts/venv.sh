@@ -57,7 +57,7 @@ make_venv() {
     local base extras=() requirement=.
     base=$(find_python) || return 1
     if ! "$base" -c 'import ensurepip, venv' 2>/dev/null; then
-        say "Python's venv module is not installed: sudo apt-get install python3-venv"
+        say "Python's venv module is not complete: sudo apt-get install ${base##*/}-venv"
         return 1
     fi
     if ! mkdir -p "$venv" 2>/dev/null || [[ ! -w $venv ]]; then

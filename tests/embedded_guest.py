@@ -104,9 +104,9 @@ def push(value: int) -> bytes:
     return b"\x68" + word(value)
 
 
-def jump(address: int) -> bytes:
-    """push address; ret."""
-    return push(address) + b"\xc3"
+def jump(to: int, at: int) -> bytes:
+    """jmp to, for an instruction at `at`."""
+    return b"\xe9" + word(to - at - 5)
 
 
 def interrupt(vector: int) -> bytes:
@@ -207,7 +207,7 @@ class LittleGuest:
         if user is not None:
             self.write(USER_CODE, user)
             first += move_to_ring_3(USER_CODE)
-        self.write(SETUP, first + jump(CODE))
+        self.write(SETUP, first + jump(CODE, SETUP + len(first)))
         self.host = EmbeddedHost(self.memory, RAM_BYTES, SETUP)
 
     def _write_tables(self) -> None:
@@ -232,7 +232,9 @@ class LittleGuest:
     def __enter__(self) -> LittleGuest:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         outside = bytes(self.memory.view[RAM_BYTES:])
         self.close()
         if kind is None:

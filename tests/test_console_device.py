@@ -223,11 +223,22 @@ def test_the_guest_outlives_the_end_of_its_input(pipes: PipeRig, left: bytes) ->
     assert pipes.said == [INPUT_LOST]
 
 
-def test_the_guest_outlives_input_that_cannot_be_read(pipes: PipeRig) -> None:
-    rig = Rig(pipes.their_output, pipes.their_output)  # opened for writing alone
+def test_the_guest_outlives_input_that_cannot_be_read(pipes: PipeRig, tmp_path: Path) -> None:
+    with (tmp_path / "file").open("wb") as only_for_writing:
+        rig = Rig(only_for_writing.fileno(), pipes.their_output)
+        rig.offer_input(64)
+        rig.settle()
+        assert rig.said == [INPUT_LOST]
+        rig.close()
+
+
+def test_a_pipe_is_never_read_from_the_end_that_is_for_writing(pipes: PipeRig) -> None:
+    rig = Rig(pipes.their_output, pipes.their_output)
     rig.offer_input(64)
+    rig.print(b"for the reader")
     rig.settle()
-    assert rig.said == [INPUT_LOST]
+    assert pipes.seen() == b"for the reader"
+    assert rig.typed() == b""
     rig.close()
 
 

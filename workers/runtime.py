@@ -117,6 +117,8 @@ class Worker:
             raise LgmpError(f"guest memory or control page: {error}") from error
         self._mailbox = Mailbox.open(options.mailbox)
         self._completions = Mailbox.open(options.completions)
+        # The exception of launcher_died is lost where it ends a wait for a message.
+        self._mailbox.on_signal = self._completions.on_signal = lambda: check_parent(options.launcher)
         self._used = [pack(ToLauncher.USED, self._index, queue) for queue in range(len(options.queues))]
         self._features = -1
         self._live = False  # whether the rings are the device's to touch: from the first kick until a reset

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -31,11 +32,14 @@ class Guest:
         self.output = b""
 
     def wait_for(self, text: str) -> float:
-        """Seconds from the start until the guest has said `text`. Raises RuntimeError where it ends without."""
+        """Seconds from the start until the guest has said `text`. Raises RuntimeError where it does not come."""
         assert self.process.stdout is not None
+        console = self.process.stdout.fileno()
         wanted = text.encode()
         while wanted not in self.output:
-            chunk = os.read(self.process.stdout.fileno(), 65536)
+            if not select.select([console], [], [], PATIENCE)[0]:
+                raise RuntimeError(f"the guest has been silent for {PATIENCE} s and never said {text!r}")
+            chunk = os.read(console, 65536)
             if not chunk:
                 raise RuntimeError(f"the guest ended and never said {text!r}: {self._last_words()}")
             self.output += chunk
@@ -43,7 +47,10 @@ class Guest:
 
     def wait(self) -> float:
         """Seconds from the start until the launcher exits. Raises RuntimeError unless it exits with 0."""
-        output, _ = self.process.communicate(timeout=PATIENCE)
+        try:
+            output, _ = self.process.communicate(timeout=PATIENCE)
+        except subprocess.TimeoutExpired as error:
+            raise RuntimeError(f"the guest still runs after {PATIENCE} s") from error
         seconds = (monotonic_ns() - self.started_ns) / 1e9
         self.output += output
         if self.process.returncode:

@@ -73,7 +73,8 @@ class EmbeddedHost:
         self._running = True
         try:
             while True:
-                self._hypercalls.resume()
+                if guest.event is None:
+                    self._hypercalls.resume()
                 if guest.event is not None:
                     event = guest.event
                     # Death is final; whoever runs a dead guest again hears of it again.
@@ -84,15 +85,11 @@ class EmbeddedHost:
                     self._break = False
                     return _BREAK
                 self._expire_timer()
-                deliverable = self._traps.deliver_interrupt()
+                self._traps.deliver_interrupt()
                 if guest.halted:
                     self._sleep()
                     continue
-                if deliverable:
-                    self._kicker.at(self._deadline)
-                else:
-                    # It has interrupts off, and will not always say when it turns them on: look again soon.
-                    self._kicker.soon()
+                self._set_kicker()
                 self._run_cpu()
         except GuestKilled as killed:
             guest.event = Died(str(killed))
@@ -177,7 +174,15 @@ class EmbeddedHost:
 
     def _set_timer(self, nanoseconds: int) -> None:
         self._deadline = time.monotonic_ns() + nanoseconds if nanoseconds else 0
-        self._kicker.at(self._deadline)
+        self._set_kicker()
+
+    def _set_kicker(self) -> None:
+        """Have the CPU stopped when there will be something to do."""
+        if self._guest.pending:
+            # The guest has interrupts off, or this one blocked, and will not always say when that ends: look again soon.
+            self._kicker.soon()
+        else:
+            self._kicker.at(self._deadline)
 
     def _expire_timer(self) -> None:
         if self._deadline and time.monotonic_ns() >= self._deadline:

@@ -64,27 +64,27 @@ class Traps:
             raise GuestKilled(f"unhandled trap {vector} at {q[c.EIP]:#x} ({0:#x})")
         self._enter(gate, None)
 
-    def deliver_interrupt(self) -> bool:
+    def deliver_interrupt(self) -> None:
         """Deliver the first interrupt that is pending and not blocked, if the guest can take one now.
 
-        Gives False while one waits because the guest has interrupts off. Wakes a halted guest.
+        What cannot be delivered stays pending. Wakes a halted guest.
         """
         guest = self._guest
         data = guest.data
         if data is None:
-            return True
+            return
         words = guest.words
         ready = guest.pending & ~words[(data + abi.DATA_BLOCKED_INTERRUPTS) >> 2]
         if not ready:
-            return True
+            return
         if guest.noirq_start <= self._cpu.q[c.EIP] < guest.noirq_end:
-            return False
+            return
         if guest.halted:
             words[(data + abi.DATA_IRQ_ENABLED) >> 2] = abi.X86_EFLAGS_IF
             guest.halted = False
         elif not words[(data + abi.DATA_IRQ_ENABLED) >> 2]:
             words[(data + abi.DATA_IRQ_PENDING) >> 2] = abi.X86_EFLAGS_IF
-            return False
+            return
         lowest = ready & -ready
         gate = guest.gates[abi.FIRST_EXTERNAL_VECTOR + lowest.bit_length() - 1]
         # Without a handler (yet) it stays pending, as with lg.
@@ -94,7 +94,6 @@ class Traps:
         write_time(guest)
         if ready == lowest:
             words[(data + abi.DATA_IRQ_PENDING) >> 2] = 0
-        return True
 
     def _deliver_trap(self, vector: int, error_code: int) -> None:
         gate = self._guest.gates[vector]
