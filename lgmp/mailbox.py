@@ -96,8 +96,8 @@ def _go_on() -> None:
 class Mailbox:
     """One end of a message queue. `fileno()` can be polled for readability.
 
-    A signal does not end a wait. Its Python handler runs, but what the handler raises is lost in posix_ipc; who wants to
-    raise something sets `on_signal`, which is called after the handlers and whose exception does end the wait.
+    A signal does not end a wait. Its Python handler runs, but what that raises is lost in posix_ipc; who wants to raise
+    something sets `on_signal`, which is called after the handler and whose exception does end the wait.
     """
 
     def __init__(self, queue: posix_ipc.MessageQueue, name: str) -> None:

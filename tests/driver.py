@@ -6,15 +6,17 @@ what a device tells its process. `WorkerProcess` starts a worker as the launcher
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from time import monotonic
 from types import TracebackType
 
 from lgmp.control import NEXT_AVAIL, NEXT_USED, ControlPage
@@ -214,6 +216,7 @@ class WorkerProcess:
         stdin: int = subprocess.DEVNULL,
         stdout: int = subprocess.DEVNULL,
         features: int = 1 << VIRTIO_RING_F_INDIRECT_DESC,
+        wrapper: Sequence[str] = (),
     ) -> None:
         self.driver = driver
         driver.control.accepted_features = features
@@ -225,7 +228,7 @@ class WorkerProcess:
         )
         self._heard: list[list[int | str]] = []
         self.process = subprocess.Popen(
-            worker_command(module, driver, self.mailbox.name, self.completions.name, name, options),
+            [*wrapper, *worker_command(module, driver, self.mailbox.name, self.completions.name, name, options)],
             stdin=stdin,
             stdout=stdout,
             stderr=subprocess.PIPE,
@@ -245,10 +248,15 @@ class WorkerProcess:
             mailbox.close()
 
     def send(self, kind: ToWorker) -> None:
-        assert self.mailbox.send(pack(kind), PATIENCE), "the worker takes no messages"
+        self.post(pack(kind))
 
     def post(self, raw: bytes) -> None:
-        assert self.mailbox.send(raw, PATIENCE), "the worker takes no messages"
+        """Send what must not be lost; meanwhile hear what the worker says, as the launcher does, or both would wait."""
+        deadline = monotonic() + PATIENCE
+        while not self.mailbox.send(raw, 0.01):
+            while (heard := self.completions.take()) is not None:
+                self._heard.append(unpack(heard))
+            assert monotonic() < deadline, "the worker takes no messages"
 
     def next_message(self) -> list[int | str]:
         """The worker's next message; fails the test when it dies or says nothing."""
@@ -322,6 +330,42 @@ def worker_command(
         *queues,
         *options,
     ]
+
+
+class DoomedLauncher:
+    """A launcher in a process of its own, to be killed. `start` runs in it and gives the workers it has started."""
+
+    def __init__(self, start: Callable[[], Sequence[WorkerProcess]]) -> None:
+        report, told = os.pipe()
+        self.pid = os.fork()
+        if not self.pid:
+            try:
+                workers = start()
+                names = [name for w in workers for name in (w.mailbox.name, w.completions.name)]
+                os.write(told, json.dumps([[w.process.pid for w in workers], names]).encode())
+                while True:
+                    signal.pause()
+            finally:
+                os._exit(1)
+        os.close(told)
+        with os.fdopen(report, "rb") as file:
+            assert select.select([file], [], [], PATIENCE)[0], "the launcher did not start its workers"
+            pids, self.queue_names = json.loads(os.read(report, 65536))
+        self.pidfds = [os.pidfd_open(pid) for pid in pids]
+
+    def kill(self) -> None:
+        """Kill it as nothing can be prepared for."""
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+
+    def workers_end(self) -> bool:
+        """Wait for the end of all workers; False where one outlives the test's patience."""
+        ended = all(select.select([pidfd], [], [], PATIENCE)[0] for pidfd in self.pidfds)
+        for pidfd in self.pidfds:
+            if not ended:
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            os.close(pidfd)
+        return ended
 
 
 @contextmanager

@@ -32,7 +32,7 @@ PROMPT = "test> "
 SECTOR = 512
 
 # Seconds.
-HANGS_AFTER = 120.0
+HANGS_AFTER = 60.0
 _LOOK_EVERY = 0.005
 
 # In a user namespace of its own, as a user whom no capability is left to: on whatever uid the tests run.

@@ -94,7 +94,7 @@ class Cpu:
 
         Raises LgmpError where Unicorn is missing, refuses, or is not the build that this module knows.
         """
-        self._library = uc.load()
+        self._library, shim = uc.load()
         self._callbacks: list[object] = []
         handle = ctypes.c_void_p()
         self._check(self._library.uc_open(uc.UC_ARCH_X86, uc.UC_MODE_32, ctypes.byref(handle)), "open")
@@ -150,7 +150,6 @@ class Cpu:
         self.read_tsc: Callable[[], int] = ctypes.CFUNCTYPE(ctypes.c_uint64)(self._thunks.read_tsc)
         self._prove(env)
         # Whether tlbshim.c stands where it should, by what it counted during the proof.
-        shim = self._library.tlbshim
         self.fast_stores = shim is not None and ctypes.c_uint64.in_dll(shim, "lgmp_tlbshim_fills").value > 0
 
     # Calls that hot paths make; each is one call into the library.
@@ -288,7 +287,7 @@ class Cpu:
         self._check(error, "set a hook")
         return hook.value
 
-    def _hook_python(self, kind: int, callback: ctypes._CFunctionType) -> int:  # type: ignore[name-defined]
+    def _hook_python(self, kind: int, callback: ctypes._CFunctionType) -> int:
         self._callbacks.append(callback)
         address = ctypes.cast(callback, ctypes.c_void_p).value
         assert address is not None

@@ -121,8 +121,11 @@ def bind_tlbshim(shim: ctypes.CDLL, library: ctypes.CDLL) -> None:
     shim.lgmp_tlbshim_bind((ctypes.c_void_p * len(addresses))(*addresses))
 
 
-def load() -> ctypes.CDLL:
-    """The library, with the prototypes of what the host calls. Raises LgmpError where it cannot be loaded."""
+def load() -> tuple[ctypes.CDLL, ctypes.CDLL | None]:
+    """The library, with the prototypes of what the host calls, and the shim, if it can be used.
+
+    Raises LgmpError where the library cannot be loaded.
+    """
     path = library_path()
     shim = load_tlbshim()
     try:
@@ -164,7 +167,6 @@ def load() -> ctypes.CDLL:
         library.check_exit_request_x86_64.argtypes = (pointer,)
         if shim is not None:
             bind_tlbshim(shim, library)
-        library.tlbshim = shim
     except AttributeError as error:
         raise LgmpError(f"{path} is not the Unicorn {UNICORN_VERSION} of PyPI: {error}") from error
-    return library
+    return library, shim
