@@ -134,7 +134,7 @@ def run_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("memory", metavar="MEM", help="memory of the guest: 64 is MiB, also 64M, 1G")
     parser.add_argument("kernel", metavar="KERNEL", help="vmlinux (ELF) or bzImage, i386, CONFIG_LGUEST_GUEST=y, no PAE")
-    parser.add_argument("arguments", metavar="ARG", nargs="*", help="kernel arguments, for example console=hvc0")
+    parser.add_argument("arguments", metavar="ARG", nargs="*", default=[], help="kernel arguments, for example console=hvc0")
     parser.add_argument(
         "--block",
         action="append",

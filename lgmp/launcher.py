@@ -90,7 +90,15 @@ class End:
 def launch(options: GuestOptions) -> End:
     """Run a guest to its end. Raises LgmpError where it cannot start; nothing is left behind either way."""
     with contextlib.ExitStack() as stack:
-        return Launch(options, stack).run()
+        guest = Launch(options, stack)
+        end = guest.run()
+    if end.reboot and guest.signals:
+        return End(128 + guest.signals[0])
+    if not end.reboot:
+        # The end is under way: a ^C too many must not spoil it.
+        for number in _ENDING_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+    return end
 
 
 class Launch:
@@ -102,6 +110,8 @@ class Launch:
         self._stack = stack
         self._end: End | None = None
         self._host: hosts.Host | None = None
+        # The ending signals that came, whether or not there was still somebody to end the guest for them.
+        self.signals: list[int] = []
         self._name = options.name or f"{os.path.basename(options.kernel)}-{os.getpid()}"
         self._say: Callable[[str], None] = say if options.verbose else _say_nothing
 
@@ -301,12 +311,8 @@ class Launch:
         for number in _ENDING_SIGNALS:
             if signal.getsignal(number) == signal.SIG_IGN:
                 continue  # nohup: whoever started us wants it so
-            old = signal.signal(number, _take_note)
-            self._stack.callback(signal.signal, number, old)
-
-
-def _take_note(_number: int, _frame: object) -> None:
-    """The number is in the wakeup descriptor already."""
+            # Not undone at the end: from then on it is launch() that looks at what came.
+            signal.signal(number, lambda number, _frame: self.signals.append(number))
 
 
 def _device_pages(disks: int) -> int:

@@ -148,6 +148,7 @@ class Mailbox:
                 return False
             except posix_ipc.SignalError:
                 self.on_signal()
+                continue
             return True
 
     def send(self, raw: bytes, timeout: float | None = None) -> bool:
@@ -159,6 +160,7 @@ class Mailbox:
                 return False
             except posix_ipc.SignalError:
                 self.on_signal()
+                continue
             return True
 
     def take(self) -> bytes | None:
@@ -170,6 +172,7 @@ class Mailbox:
                 return None
             except posix_ipc.SignalError:
                 self.on_signal()
+                continue
             return raw
 
     def receive(self) -> bytes:
@@ -179,6 +182,7 @@ class Mailbox:
                 raw: bytes = self._queue.receive()[0]
             except posix_ipc.SignalError:
                 self.on_signal()
+                continue
             return raw
 
     def wait(self, timeout: float) -> bytes | None:
@@ -190,6 +194,7 @@ class Mailbox:
                 return None
             except posix_ipc.SignalError:
                 self.on_signal()
+                continue
             return raw
 
     def unlink(self) -> None:

@@ -73,24 +73,29 @@ class DriverQueue:
         self.layout = layout
         self.next_avail = start
         self.next_used = start
+        # Indexes are loaded and stored in one piece: struct.pack_into would store a 0 first, for the device to see.
+        self._avail = memory.view[layout.avail : layout.avail + 4].cast("H")
+        self._used = memory.view[layout.used : layout.used + 4].cast("H")
         self.free = list(range(layout.num))
         self._chains: dict[int, list[int]] = {}
         memory.view[layout.desc : layout.desc + 16 * layout.num] = bytes(16 * layout.num)
         self.set_avail(0, start)
-        struct.pack_into("<HH", memory.view, layout.used, 0, start)
+        self._used[0] = 0
+        self._used[1] = start
 
     def set_descriptor(self, index: int, address: int, size: int, flags: int, follows: int) -> None:
         struct.pack_into("<QIHH", self.memory.view, self.layout.desc + 16 * index, address, size, flags, follows)
 
     def set_avail(self, flags: int, index: int) -> None:
-        struct.pack_into("<HH", self.memory.view, self.layout.avail, flags, index & 0xFFFF)
+        self._avail[0] = flags
+        self._avail[1] = index & 0xFFFF
 
     def offer(self, head: int) -> None:
         """Put a head into the available ring, and say so."""
         slot = self.layout.avail + 4 + 2 * (self.next_avail % self.layout.num)
         struct.pack_into("<H", self.memory.view, slot, head)
         self.next_avail = (self.next_avail + 1) & 0xFFFF
-        struct.pack_into("<H", self.memory.view, self.layout.avail + 2, self.next_avail)
+        self._avail[1] = self.next_avail
 
     def add(self, buffers: Sequence[Buffer], table: int | None = None) -> int:
         """Offer a chain of `buffers`, through an indirect table at guest address `table` if given; gives its head."""
@@ -114,8 +119,7 @@ class DriverQueue:
         return head
 
     def used_index(self) -> int:
-        index: int = struct.unpack_from("<H", self.memory.view, self.layout.used + 2)[0]
-        return index
+        return self._used[1]
 
     def collect(self) -> list[Used]:
         """Take what the device has used since the last time."""
@@ -256,7 +260,17 @@ class WorkerProcess:
         while not self.mailbox.send(raw, 0.01):
             while (heard := self.completions.take()) is not None:
                 self._heard.append(unpack(heard))
-            assert monotonic() < deadline, "the worker takes no messages"
+            ended = self.process.poll()
+            assert ended is None, f"the worker ended with {ended} and said {self._heard}"
+            assert monotonic() < deadline, f"the worker takes no messages, said {self._heard}, is {self._state()}"
+
+    def _state(self) -> str:
+        """What it is doing, where a test finds that it does nothing."""
+        answer = []
+        for name in ("wchan", "syscall", "status"):
+            with open(f"/proc/{self.process.pid}/{name}") as file:
+                answer.append(file.read())
+        return "\n".join(answer)
 
     def next_message(self) -> list[int | str]:
         """The worker's next message; fails the test when it dies or says nothing."""
@@ -273,9 +287,21 @@ class WorkerProcess:
             raise AssertionError(f"no message from the worker, exit code {self.process.returncode}")
         return unpack(raw)
 
+    def next_word(self) -> list[int | str]:
+        """The next message that is not USED: a test that saw the used ring move may not have waited for that."""
+        while (message := self.next_message())[0] == ToLauncher.USED:
+            pass
+        return message
+
     def expect(self, *message: int | str) -> None:
-        got = self.next_message()
+        got = self.next_word()
         assert got == list(message), f"the worker said {got}, not {message}"
+
+    def failure(self) -> str:
+        """Wait for FAILED; gives its text."""
+        kind, device, text = self.next_word()
+        assert (kind, device) == (ToLauncher.FAILED, 0)
+        return str(text)
 
     def ready(self) -> WorkerProcess:
         self.expect(ToLauncher.READY, 0)

@@ -247,14 +247,32 @@ class LittleGuest:
         self.memory.close()
 
     def run(self) -> Event:
-        """Run the guest to its next event; a guest that does not get there is broken out of, with Break."""
-        watchdog = threading.Timer(PATIENCE, self.host.break_in)
+        """Run the guest to its next event; a guest that does not get to one fails the test."""
+        late = threading.Event()
+
+        def give_up() -> None:
+            late.set()
+            self.host.break_in()
+
+        watchdog = threading.Timer(PATIENCE, give_up)
         watchdog.daemon = True
         watchdog.start()
         try:
-            return self.host.run()
+            event = self.host.run()
         finally:
             watchdog.cancel()
+        assert not late.is_set(), f"no event in {PATIENCE} s"
+        return event
+
+    def run_for(self, seconds: float) -> Event:
+        """Run the guest until something happens or that time has passed, which gives Break."""
+        clock = threading.Timer(seconds, self.host.break_in)
+        clock.start()
+        try:
+            return self.host.run()
+        finally:
+            clock.cancel()
+            clock.join()
 
     def finish(self) -> None:
         """Run the guest and see it come to its DONE_CALL."""

@@ -263,6 +263,15 @@ class Launch:
         self.process.stdin.write(text.encode() if isinstance(text, str) else text)
         self.process.stdin.flush()
 
+    def command(self, line: str) -> None:
+        """Give the guest at its prompt a command, and wait until it has its prompt again."""
+        prompts = self.out.text.count(PROMPT)
+        if self.terminal is not None:
+            self.terminal.type(f"{line}\r")
+        else:
+            self.send(f"{line}\n")
+        self.out.wait_for(PROMPT, prompts + 1)
+
     def close_stdin(self) -> None:
         """The end of input."""
         if self.process.stdin is not None:
@@ -310,7 +319,8 @@ class Launch:
         self.out.wait_for(PROMPT)
         wait_until(lambda: not open_queues(self.session), "all workers READY")
         wait_until(
-            lambda: all(line.startswith("lgmp") for line in session_processes(self.session).values()), "all titles set"
+            lambda: not any("--launcher" in line for line in session_processes(self.session).values()),
+            "all titles set",
         )
 
     def descriptors(self) -> list[str]:

@@ -1,4 +1,7 @@
-"""The test guest that is shipped, lgmp/testguest.elf, is what its source in tests/guest builds."""
+"""The two binaries that are shipped, so that nobody needs a compiler, are what their sources build.
+
+They are the test guest, lgmp/testguest.elf, and what makes the embedded host fast, lgmp/hosts/embedded/tlbshim.so.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# Debian 12's. Another compiler builds a test guest that works as well, but not the same bytes.
+# Debian 12's. Another compiler builds what works as well, but not the same bytes.
 GCC_VERSION = "12.2.0"
 
 
@@ -19,14 +22,20 @@ def _gcc_version() -> str:
     return subprocess.run(["gcc", "-dumpfullversion"], check=True, capture_output=True, text=True).stdout.strip()
 
 
-def test_the_shipped_test_guest_is_what_its_source_builds(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("script", "shipped"),
+    [
+        ("scripts/build-guest", "lgmp/testguest.elf"),
+        ("scripts/build-tlbshim", "lgmp/hosts/embedded/tlbshim.so"),
+    ],
+)
+def test_what_is_shipped_is_what_its_source_builds(tmp_path: Path, script: str, shipped: str) -> None:
     version = _gcc_version()
     if version != GCC_VERSION:
-        pytest.skip(f"the shipped test guest was built with gcc {GCC_VERSION}, and gcc here is {version}")
-    built = tmp_path / "guest.elf"
+        pytest.skip(f"{shipped} was built with gcc {GCC_VERSION}, and gcc here is {version}")
+    built = tmp_path / "built"
 
-    result = subprocess.run([ROOT / "scripts/build-guest", built], capture_output=True, text=True, check=False)
+    result = subprocess.run([ROOT / script, built], capture_output=True, text=True, check=False)
 
     assert result.returncode == 0, result.stderr
-    shipped = ROOT / "lgmp/testguest.elf"
-    assert built.read_bytes() == shipped.read_bytes(), "lgmp/testguest.elf is not up to date: run scripts/build-guest"
+    assert built.read_bytes() == (ROOT / shipped).read_bytes(), f"{shipped} is not up to date: run {script}"

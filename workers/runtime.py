@@ -308,7 +308,8 @@ def _set_title(title: str, options: Options) -> None:
     words = [title, options.name, *options.arguments]
     if options.guest:
         words.append(f"(guest {options.guest})")
-    setproctitle(" ".join(words))
+    # A file's name may be anything; the title is text.
+    setproctitle(os.fsencode(" ".join(words)).decode(errors="replace"))
     setthreadtitle(title)
 
 

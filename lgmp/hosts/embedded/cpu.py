@@ -99,6 +99,17 @@ class Cpu:
         handle = ctypes.c_void_p()
         self._check(self._library.uc_open(uc.UC_ARCH_X86, uc.UC_MODE_32, ctypes.byref(handle)), "open")
         self.handle = handle
+        self.q = self.d = memoryview(b"")
+        self._memory_anchor: object = None
+        try:
+            self._set_up(handle, guest_memory, guest_limit)
+        except BaseException:
+            self.close()
+            raise
+        # Whether tlbshim.c stands where it should, by what it counted during the proof.
+        self.fast_stores = shim is not None and ctypes.c_uint64.in_dll(shim, "lgmp_tlbshim_fills").value > 0
+
+    def _set_up(self, handle: ctypes.c_void_p, guest_memory: memoryview, guest_limit: int) -> None:
         self._set_no_exit_request()
         self._control(uc.UC_CTL_CPU_MODEL, uc.UC_CPU_X86_QEMU32)
         # With exits on and none set, no address ends the emulation by itself.
@@ -149,8 +160,6 @@ class Cpu:
         self._add_hook(uc.UC_HOOK_EDGE_GENERATED, self._thunks.new_block, env)
         self.read_tsc: Callable[[], int] = ctypes.CFUNCTYPE(ctypes.c_uint64)(self._thunks.read_tsc)
         self._prove(env)
-        # Whether tlbshim.c stands where it should, by what it counted during the proof.
-        self.fast_stores = shim is not None and ctypes.c_uint64.in_dll(shim, "lgmp_tlbshim_fills").value > 0
 
     # Calls that hot paths make; each is one call into the library.
 
@@ -250,6 +259,8 @@ class Cpu:
             self.d.release()
             self._library.uc_close(self.handle)
             self.handle = ctypes.c_void_p()
+            # So that whoever owns guest memory can unmap it.
+            self._memory_anchor = None
 
     def _check(self, error: int, what: str) -> None:
         if error:

@@ -64,7 +64,11 @@ class EmbeddedHost:
         self._set_registers(entry)
         self._cpu.on_interrupt(self._interrupted)
         self._cpu.on_invalid_opcode(self._invalid_opcode)
-        self._kicker = Kicker(self._kick)
+        try:
+            self._kicker = Kicker(self._kick)
+        except LgmpError:
+            self._cpu.close()
+            raise
 
     def run(self) -> Event:
         """Run the guest until something happens; only from the thread that made the host."""
@@ -115,6 +119,7 @@ class EmbeddedHost:
         """Give the CPU back. The guest cannot be run after that."""
         self._kicker.close()
         self._cpu.close()
+        self._guest.close()
 
     def _set_registers(self, entry: int) -> None:
         """The registers that lguest guests start with: flat ring-1 segments, everything else 0 (boot_params is at 0)."""
@@ -183,6 +188,10 @@ class EmbeddedHost:
             self._kicker.soon()
         else:
             self._kicker.at(self._deadline)
+        if self._break:
+            # It came before this, its stop perhaps before the CPU started, and its kick was taken back just now.
+            self._cpu.stop()
+            self._kicker.soon()
 
     def _expire_timer(self) -> None:
         if self._deadline and time.monotonic_ns() >= self._deadline:

@@ -132,8 +132,11 @@ def load() -> tuple[ctypes.CDLL, ctypes.CDLL | None]:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise LgmpError(f"cannot load {path}: {error}") from error
-    library.uc_version.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
-    library.uc_version.restype = ctypes.c_uint
+    try:
+        library.uc_version.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
+        library.uc_version.restype = ctypes.c_uint
+    except AttributeError as error:
+        raise LgmpError(f"{path} is not the Unicorn {UNICORN_VERSION} of PyPI: {error}") from error
     version = version_of(library)
     if version != UNICORN_VERSION:
         raise LgmpError(

@@ -62,6 +62,11 @@ class GuestState:
         # What `run` must return next.
         self.event: Event | None = None
 
+    def close(self) -> None:
+        """Let go of guest memory, so that whoever owns it can unmap it."""
+        self.words.release()
+        self.memory.release()
+
     def check_range(self, address: int, size: int, what: str) -> None:
         """Raise GuestKilled, with lg's text, where `size` bytes at the guest-physical `address` are not all the guest's."""
         if address + size > self.limit:

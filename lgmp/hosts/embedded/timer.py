@@ -71,7 +71,9 @@ class Kicker:
             self._armed = -1
 
     def close(self) -> None:
-        """End the thread."""
+        """End the thread. Nothing else may be called afterwards but this once more."""
+        if self._closing:
+            return
         self._closing = True
         self.soon()
         self._thread.join()
