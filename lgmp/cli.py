@@ -15,6 +15,7 @@ from lgmp.errors import LgmpError, say
 from lgmp.hosts.choice import HOSTS
 
 if TYPE_CHECKING:
+    from lgmp.devices import DeviceOption
     from lgmp.launcher import End
 
 _DESCRIPTION = """\
@@ -73,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(str(error))
     except KeyboardInterrupt:  # before the guest's, or after it
         return 128 + signal.SIGINT
+    except BrokenPipeError:
+        _discard_stdout()  # its reader has gone, and wants to hear no more of it
     except OSError as error:
         _say_system_error(error)
     return 1
@@ -86,7 +89,7 @@ def _dispatch(words: Sequence[str]) -> int:
 
 
 def _open_missing_stdio() -> None:
-    """Open /dev/null where stdin, stdout or stderr is closed, so that no disk takes its place and gets what is printed."""
+    """Open /dev/null where stdin, stdout or stderr is closed: no disk may take its place and get what is printed."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
@@ -97,15 +100,17 @@ def _open_missing_stdio() -> None:
     sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
 
 
+def _discard_stdout() -> None:
+    """What is still to be printed there cannot be; so that Python does not complain of it while it exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
 def _say_system_error(error: OSError) -> None:
     """What the system refused us, and so has no message of our own."""
     try:
         sys.stdout.flush()
     except OSError:
-        # It is stdout, and its reader has gone or its disk is full; so that Python does not complain while it exits:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        if isinstance(error, BrokenPipeError):
-            return
+        _discard_stdout()
     where = f"{error.filename}: " if error.filename else ""
     remedy = "; allow more with `ulimit -n`" if error.errno == errno.EMFILE else ""
     say(f"{where}{error.strerror or error}{remedy}")
@@ -133,21 +138,51 @@ def run_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("memory", metavar="MEM", help="memory of the guest: 64 is MiB, also 64M, 1G")
-    parser.add_argument("kernel", metavar="KERNEL", help="vmlinux (ELF) or bzImage, i386, CONFIG_LGUEST_GUEST=y, no PAE")
-    parser.add_argument("arguments", metavar="ARG", nargs="*", default=[], help="kernel arguments, for example console=hvc0")
+    parser.add_argument(
+        "kernel", metavar="KERNEL", help="vmlinux (ELF) or bzImage, i386, CONFIG_LGUEST_GUEST=y, no PAE"
+    )
+    parser.add_argument(
+        "arguments", metavar="ARG", nargs="*", default=[], help="kernel arguments, for example console=hvc0"
+    )
     parser.add_argument(
         "--block",
+        dest="devices",
+        type=_block,
         action="append",
         default=[],
         metavar="FILE[,ro]",
         help="a disk, file or block device; the first is vda; with ,ro the guest may only read it",
+    )
+    parser.add_argument(
+        "--tunnet",
+        dest="devices",
+        type=_tunnet,
+        action="append",
+        metavar="ADDRESS[/PREFIX][:MAC]|bridge:NAME[:MAC]",
+        help="a network device (eth0) on a tap of this machine, which has ADDRESS or is in the bridge NAME; takes root",
+    )
+    parser.add_argument(
+        "--net",
+        dest="devices",
+        type=_net,
+        action="append",
+        metavar="user",
+        help="a network device without root: this machine is 10.0.2.2 to the guest, which is 10.0.2.15 (or asks by DHCP)",
+    )
+    parser.add_argument(
+        "--rng",
+        dest="devices",
+        type=_rng,
+        action="append",
+        metavar="FILE",
+        help="random bytes for the guest; --rng alone has them from /dev/urandom, --rng=FILE from FILE",
     )
     parser.add_argument("--initrd", metavar="FILE", help="the initial RAM disk")
     parser.add_argument(
         "--host",
         choices=HOSTS,
         default="auto",
-        help="what runs the guest: the kernel's /dev/lguest (not there yet) or the embedded host (default: what is there)",
+        help="what runs the guest: the kernel's /dev/lguest (not yet) or the embedded host (default: what is there)",
     )
     parser.add_argument("--name", help="what to call the guest in ps (default: the kernel's name and our process id)")
     parser.add_argument("-v", "--verbose", action="store_true", help="say what is laid out where, on stderr")
@@ -156,31 +191,56 @@ def run_parser() -> argparse.ArgumentParser:
 
 def _run(words: Sequence[str]) -> int:
     # Imported here, so that --help and doctor work where the rest cannot.
-    from lgmp.launcher import BlockOption, GuestOptions, launch  # noqa: PLC0415
+    from lgmp.launcher import GuestOptions, launch  # noqa: PLC0415
     from lgmp.loader.memory_size import check_memory_size, parse_memory_size  # noqa: PLC0415
 
     ours, separator, kernels = _partition(words, "--")
+    # What follows --rng is no value of it unless there is a "=": it may be MEM.
+    ours = ["--rng=" if word == "--rng" else word for word in ours]
     arguments = run_parser().parse_intermixed_args(ours)
     memory_bytes = parse_memory_size(arguments.memory)
     check_memory_size(memory_bytes)
     name = arguments.name
     if name is not None and not name.isprintable():
         raise LgmpError(f"{name!r} cannot be a guest's name: use printable characters")
-    blocks = []
-    for text in arguments.block:
-        path, comma, suffix = text.rpartition(",")
-        blocks.append(BlockOption(path, True) if comma and suffix == "ro" else BlockOption(text))
     options = GuestOptions(
         memory_bytes=memory_bytes,
         kernel=arguments.kernel,
         arguments=(*arguments.arguments, *(kernels if separator else ())),
         initrd=arguments.initrd,
-        blocks=tuple(blocks),
+        devices=tuple(arguments.devices),
         host=arguments.host,
         name=name,
         verbose=arguments.verbose,
     )
     return finish(launch(options))
+
+
+def _block(text: str) -> DeviceOption:
+    from lgmp.devices import BlockOption  # noqa: PLC0415
+
+    path, comma, suffix = text.rpartition(",")
+    return BlockOption(path, True) if comma and suffix == "ro" else BlockOption(text)
+
+
+def _tunnet(text: str) -> DeviceOption:
+    from lgmp.network import TapOption  # noqa: PLC0415
+
+    return TapOption.parse(text)
+
+
+def _net(text: str) -> DeviceOption:
+    from lgmp.network import UserOption  # noqa: PLC0415
+
+    if text != "user":
+        raise LgmpError(f"--net {text}: there is --net user; for a tap of this machine there is --tunnet")
+    return UserOption()
+
+
+def _rng(text: str) -> DeviceOption:
+    from lgmp.devices import RngOption  # noqa: PLC0415
+
+    return RngOption(text) if text else RngOption()
 
 
 def _partition(words: Sequence[str], separator: str) -> tuple[Sequence[str], bool, Sequence[str]]:
@@ -216,7 +276,7 @@ def _doctor(words: Sequence[str]) -> int:
     _Parser(
         prog="lgmp doctor",
         usage="lgmp doctor",
-        description="Say what this machine can do for lgmp, each line with the remedy. Exits with 1 where no guest can run.",
+        description="Say what this machine can do for lgmp, and the remedies. Exits with 1 where no guest can run.",
     ).parse_args(words)
     from lgmp.doctor import doctor  # noqa: PLC0415
 

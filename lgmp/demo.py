@@ -8,7 +8,8 @@ import tempfile
 from importlib import resources
 
 from lgmp.cli import finish
-from lgmp.launcher import BlockOption, GuestOptions, Running, launch
+from lgmp.devices import BlockOption
+from lgmp.launcher import GuestOptions, Running, launch
 
 _MEMORY_BYTES = 16 << 20
 _DISK_BYTES = 4 << 20
@@ -27,7 +28,7 @@ def demo() -> int:
                 memory_bytes=_MEMORY_BYTES,
                 kernel=str(kernel),
                 arguments=arguments,
-                blocks=(BlockOption(disk),),
+                devices=(BlockOption(disk),),
                 name="demo",
                 on_running=_show,
             )

@@ -40,14 +40,20 @@ class Disk:
         size = os.lseek(descriptor, 0, os.SEEK_END)
         if size < SECTOR_BYTES:
             os.close(descriptor)
-            raise LgmpError(f"the disk {path} is {size} bytes, less than one sector: truncate -s 64M {path} makes it 64 MiB")
+            raise LgmpError(
+                f"the disk {path} is {size} bytes, less than one sector: truncate -s 64M {path} makes it 64 MiB"
+            )
         os.set_blocking(descriptor, True)
         return cls(path, descriptor, size // SECTOR_BYTES, read_only=read_only)
 
     def __enter__(self) -> Disk:
+        """Itself."""
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close it."""
         os.close(self.descriptor)
 
 

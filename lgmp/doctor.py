@@ -24,7 +24,10 @@ _BYTES_PER_MESSAGE = 8 + 48
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line: what was looked at, whether it is fine, what was found; `remedy` where it is not. `needed`: no guest runs without."""
+    """One line: what was looked at, whether it is fine, what was found, and the `remedy` where it is not.
+
+    `needed`: no guest runs without it.
+    """
 
     what: str
     fine: bool
@@ -33,6 +36,7 @@ class Finding:
     needed: bool = False
 
     def __str__(self) -> str:
+        """The line."""
         mark = "ok  " if self.fine else ("FAIL" if self.needed else "note")
         return f"{mark}  {self.what}: {self.found}" + (f"; {self.remedy}" if self.remedy and not self.fine else "")
 
@@ -65,7 +69,7 @@ def examine() -> Iterator[Finding]:
     )
     yield _try("message queues", "can be made", _message_queue)
     yield from _message_queue_limits()
-    mounted = os.path.isdir(MQUEUE_DIRECTORY)
+    mounted = os.path.ismount(MQUEUE_DIRECTORY)
     yield Finding(
         "queue file system",
         mounted,

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from lgmp import hosts
 from lgmp.bus import BusDevice, LguestBus, QueueNotify, StatusNotify, vring_pages
-from lgmp.disk import Disk
+from lgmp.devices import DeviceOption, Model, open_devices
 from lgmp.errors import say
 from lgmp.hosts import choice
 from lgmp.loader import LoadedGuest, load_guest
@@ -25,7 +25,6 @@ from lgmp.mailbox import sweep_stale_queues
 from lgmp.memory import GuestMemory
 from lgmp.supervisor import Supervisor, Worker, WorkerSpecification
 from lgmp.terminal import RawTerminal
-from lgmp.virtio import block as virtio_block
 from lgmp.virtio import console as virtio_console
 from lgmp.virtio import ids
 from lgmp.virtio.ring import VringLayout
@@ -48,22 +47,17 @@ _ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 @dataclass(frozen=True, slots=True)
-class BlockOption:
-    """One `--block`: the file or block device, and whether the guest may only read it."""
-
-    path: str
-    read_only: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class GuestOptions:
-    """What to launch; `memory_bytes` is RAM in bytes, whole pages; `on_running` is called before the guest's first instruction."""
+    """What to launch.
+
+    `memory_bytes` is RAM in bytes, whole pages; `on_running` is called before the guest's first instruction.
+    """
 
     memory_bytes: int
     kernel: str
     arguments: tuple[str, ...] = ()
     initrd: str | None = None
-    blocks: tuple[BlockOption, ...] = ()
+    devices: tuple[DeviceOption, ...] = ()
     host: str = "auto"
     name: str | None = None
     verbose: bool = False
@@ -79,7 +73,7 @@ class Running:
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """How a launch ended: the exit code, and what to say, if anything. `reboot`: the guest wants to be started again."""
+    """How a launch ended: the exit code, and what to say, if anything. `reboot`: the guest wants to start again."""
 
     code: int
     message: str | None = None
@@ -120,8 +114,8 @@ class Launch:
         options, stack = self._options, self._stack
         kind = choice.choose(options.host)
         sweep_stale_queues()
-        disks = [stack.enter_context(Disk.open(block.path, read_only=block.read_only)) for block in options.blocks]
-        memory = stack.enter_context(GuestMemory.create(options.memory_bytes, _device_pages(len(disks))))
+        models = open_devices(options.devices, stack)
+        memory = stack.enter_context(GuestMemory.create(options.memory_bytes, _device_pages(models)))
         self._memory = memory
         bus = LguestBus(memory)
         self._bus = bus
@@ -142,7 +136,7 @@ class Launch:
         terminal = RawTerminal.enter(sys.stdin.fileno()) if sys.stdin else None
         if terminal is not None:
             stack.callback(terminal.restore)
-        self._add_devices(bus, disks, terminal)
+        self._add_devices(bus, models, terminal)
         _set_title(f"lgmp: {os.path.basename(options.kernel)} {options.memory_bytes >> 20}M ({self._name})")
         loaded = load_guest(memory, options.kernel, options.initrd, options.arguments)
         self._describe(bus, loaded, kind)
@@ -161,26 +155,18 @@ class Launch:
         supervisor.stop(self._end.patience)
         return self._end
 
-    def _add_devices(self, bus: LguestBus, disks: Sequence[Disk], terminal: RawTerminal | None) -> None:
+    def _add_devices(self, bus: LguestBus, models: Sequence[Model], terminal: RawTerminal | None) -> None:
         """Devices in the order of the command line, the console last, as every lguest launcher had them."""
-        for number, disk in enumerate(disks):
-            name = f"vd{_letters(number)}"
+        for model in models:
             device = bus.add_device(
-                ids.VIRTIO_ID_BLOCK,
-                name,
-                [ids.VIRTQUEUE_NUM],
-                virtio_block.features(disk.read_only),
-                virtio_block.config_space(disk.sectors, ids.VIRTQUEUE_NUM),
+                model.device_type,
+                model.name,
+                [ids.VIRTQUEUE_NUM] * model.queues,
+                model.features,
+                model.config,
             )
-            read_only = ("--read-only",) if disk.read_only else ()
-            self._start(
-                device,
-                WorkerSpecification(
-                    "workers.block",
-                    (*read_only, "--disk-fd", str(disk.descriptor), "--", disk.path),
-                    (disk.descriptor,),
-                ),
-            )
+            self._start(device, model.specification)
+            model.on_started()
         device = bus.add_device(
             ids.VIRTIO_ID_CONSOLE, "console", [ids.VIRTQUEUE_NUM, ids.VIRTQUEUE_NUM], virtio_console.features(), b""
         )
@@ -315,19 +301,10 @@ class Launch:
             signal.signal(number, lambda number, _frame: self.signals.append(number))
 
 
-def _device_pages(disks: int) -> int:
-    """The pages above RAM: the descriptor page, and the rings of the disks and the console. The guest gets no more."""
-    return 1 + (disks + virtio_console.QUEUES) * vring_pages(ids.VIRTQUEUE_NUM)
-
-
-def _letters(number: int) -> str:
-    """The letters of a disk: a, b, ... z, aa, ab, ... as Linux names them."""
-    letters = ""
-    number += 1
-    while number:
-        number, digit = divmod(number - 1, 26)
-        letters = chr(ord("a") + digit) + letters
-    return letters
+def _device_pages(models: Sequence[Model]) -> int:
+    """The pages above RAM: the descriptor page, and the rings of all devices. The guest gets no more."""
+    queues = sum(model.queues for model in models) + virtio_console.QUEUES
+    return 1 + queues * vring_pages(ids.VIRTQUEUE_NUM)
 
 
 def _say_nothing(text: str) -> None:

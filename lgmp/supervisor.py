@@ -40,7 +40,7 @@ _KICK = pack(ToWorker.KICK)
 _RESET = pack(ToWorker.RESET)
 _STOP = pack(ToWorker.STOP)
 
-# A worker holds these back until it has said what it does about them: the terminal and `kill` of the group reach it too.
+# A worker holds these back until it has said what it does about them: what the terminal sends reaches it too.
 _HELD_BACK_WHILE_STARTING = {
     signal.SIGINT,
     signal.SIGHUP,
@@ -113,7 +113,7 @@ class Supervisor:
         """Nothing runs yet. The three functions are called in the waker's thread.
 
         `on_used()`: there is something in `used`; `on_quit()`: the user asked for the end; `on_failure(text)`: a worker
-        ended that should not have, or sent what makes no sense. Raises LgmpError where there is no message queue to be had.
+        ended that should not have, or sent what makes no sense. Raises LgmpError where no message queue can be had.
         """
         self._memory = memory
         self._guest_name = guest_name
@@ -187,12 +187,12 @@ class Supervisor:
         worker.mailbox.post(_KICK)
 
     def negotiated(self, worker: Worker) -> None:
-        """Tell a worker what its driver accepted, as the driver has written it by now; what was not offered does not count."""
+        """Tell a worker what its driver accepted, as the driver has written it by now, of what was offered."""
         worker.control.accepted_features = worker.device.accepted_features
         worker.negotiated = True
 
     def reset(self, worker: Worker, give_up: Callable[[], bool]) -> bool:
-        """Have a worker let go of its rings, and wait until it has; False where it ended instead, or `give_up()` says so.
+        """Have a worker let go of its rings, and wait until it has; False where it ended instead, or `give_up()`.
 
         The guest's thread calls this while the guest waits in its NOTIFY.
         """
@@ -265,7 +265,10 @@ class Supervisor:
             self._on_used()
 
     def _heard(self, message: Sequence[int | str]) -> bool:
-        """One message; whether it says that a ring has used elements. Raises ValueError, IndexError or TypeError for nonsense."""
+        """One message; whether it says that a ring has used elements.
+
+        Raises ValueError, IndexError or TypeError for nonsense.
+        """
         kind, index = ToLauncher(int(message[0])), message[1]
         if not isinstance(index, int) or not 0 <= index < len(self.workers):
             raise ValueError("no such device")

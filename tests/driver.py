@@ -190,6 +190,7 @@ class Driver:
 
     def close(self) -> None:
         self.memory.close()
+        self.control.close()
 
 
 @dataclass
@@ -277,10 +278,11 @@ class WorkerProcess:
         if self._heard:
             return self._heard.pop(0)
         pidfd = os.pidfd_open(self.process.pid)
-        try:
-            select.select([self.completions.fileno(), pidfd], [], [], PATIENCE)
-        finally:
-            os.close(pidfd)
+        poll = select.poll()
+        poll.register(self.completions, select.POLLIN)
+        poll.register(pidfd, select.POLLIN)
+        poll.poll(PATIENCE * 1000)
+        os.close(pidfd)
         raw = self.completions.take()
         if raw is None:
             self.process.poll()

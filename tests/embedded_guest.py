@@ -183,7 +183,7 @@ class LittleGuest:
         paging: bool = True,
         data: Mapping[int, int] | None = None,
     ) -> None:
-        """`kernel`: code for ring 1, at CODE; `user`: code for ring 3, at USER_CODE, which then follows the set-up at once.
+        """`kernel`: code for ring 1, at CODE; `user`: code for ring 3, which then follows the set-up at once.
 
         `data`: words of lguest_data, by offset, as they are before LGUEST_INIT.
         """

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import pty
 import select
+import signal
 import socket
 import termios
 import threading
@@ -20,7 +22,7 @@ from hypothesis import strategies as st
 from lgmp.virtio import console as virtio_console
 from lgmp.virtio.console import INPUT_QUEUE, OUTPUT_QUEUE
 from lgmp.virtio.ring import RingError
-from workers.console import AHEAD, INTERRUPTS_WITHIN, TAIL, Console
+from workers.console import AHEAD, BACKGROUND_SECONDS, INTERRUPTS_WITHIN, TAIL, Console
 
 INPUT_LOST = "Failed to get console input, ignoring console."
 
@@ -322,6 +324,39 @@ def test_no_key_is_lost_or_reordered(script: list[tuple[str, int]]) -> None:
     got += rig.typed()
     assert got == keys
     rig.close()
+
+
+def test_a_terminal_whose_foreground_is_anothers_is_no_end_of_input() -> None:
+    """`lgmp run ... &`: reading fails with EIO for as long as a shell has the terminal."""
+
+    def background() -> bool:
+        signal.signal(signal.SIGTTIN, signal.SIG_IGN)  # as a worker has them
+        signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+        os.setpgid(0, 0)
+        with open(os.devnull, "wb") as null:
+            rig = Rig(0, null.fileno())
+            rig.offer_input(8)
+            tried = rig.poll(PATIENCE)
+            left_alone = rig.said == [] and not rig.wants_input() and rig.typed() == b""
+            os.tcsetpgrp(0, os.getpgrp())
+            rig.now += BACKGROUND_SECONDS
+            rig.settle()
+            return tried and left_alone and rig.typed() == b"x\n"
+
+    session, master = pty.fork()
+    if not session:
+        worker = os.fork()
+        if not worker:
+            answer = 2
+            try:
+                answer = 0 if background() else 1
+            finally:
+                os._exit(answer)
+        os._exit(os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]))
+    os.write(master, b"x\n")
+    status = os.waitpid(session, 0)[1]
+    os.close(master)
+    assert os.waitstatus_to_exitcode(status) == 0
 
 
 # Three ^C

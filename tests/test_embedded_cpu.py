@@ -20,6 +20,7 @@ from embedded_guest import (
     RESULTS,
     SPARE,
     LittleGuest,
+    increment,
     load,
     notify,
     set_pte,
@@ -230,6 +231,16 @@ def test_code_that_the_guest_writes_itself_needs_nothing() -> None:
         guest.write(SPARE, value_in_eax(1))
         guest.finish()
         assert [guest.result(number) for number in range(3)] == [5, 6, 7]
+
+
+def test_no_address_ends_the_emulation_by_itself() -> None:
+    """Least of all 0, which is what uc_emu_start is told to run until."""
+    code = increment(RESULTS) + DONE_CALL
+    for address in (0, 0x800, SPARE, RAM_BYTES - len(code)):
+        with LittleGuest(call(address)) as guest:
+            guest.write(address, code)
+            guest.finish()
+            assert guest.result() == 1
 
 
 # What a host holds.

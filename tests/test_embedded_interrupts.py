@@ -357,11 +357,28 @@ def test_breaks_before_run_are_one_break() -> None:
         guest.finish()
 
 
+def test_a_break_of_a_running_guest_does_not_wait_for_the_kicker() -> None:
+    with LittleGuest(increment(RESULTS) + JUMP_TO_SELF) as guest:
+        guest.host._kicker.soon = lambda: None  # type: ignore[method-assign]
+
+        def break_once_it_runs() -> None:
+            while not guest.result():
+                time.sleep(0.001)
+            # By now the CPU has started for sure, and spins.
+            guest.host.break_in()
+
+        thread = threading.Thread(target=break_once_it_runs)
+        thread.start()
+        assert guest.run() == Break()
+        thread.join()
+        del guest.host._kicker.soon
+
+
 def test_a_break_right_before_the_cpu_starts_is_not_lost() -> None:
     """Unicorn's uc_emu_start forgets the stops that came before it; this puts one exactly there."""
     with LittleGuest(JUMP_TO_SELF) as guest:
         cpu, start = guest.host._cpu, guest.host._cpu.start
-        calls = []
+        calls: list[int] = []
 
         def late(eip: int) -> int:
             if not calls:
@@ -374,11 +391,29 @@ def test_a_break_right_before_the_cpu_starts_is_not_lost() -> None:
         assert calls
 
 
+def test_a_guest_that_sets_its_timer_all_the_time_cannot_put_a_break_off() -> None:
+    """Each setting takes the kicker's place in the queue; the first one after the break stops the CPU instead."""
+    body = increment(RESULTS) + hypercall(abi.LHCALL_SET_CLOCKEVENT, 0xFFFFFFFF)
+    with LittleGuest(body + b"\xeb" + bytes([0x100 - len(body) - 2])) as guest:
+        start = guest.host._cpu.start
+        calls: list[int] = []
+
+        def late(eip: int) -> int:
+            if not calls:
+                calls.append(eip)
+                guest.host.break_in()
+            return start(eip)
+
+        guest.host._cpu.start = late  # type: ignore[method-assign]
+        assert guest.run() == Break()
+        assert guest.result() <= 1
+
+
 def test_a_timer_right_before_the_cpu_starts_is_not_lost() -> None:
     with LittleGuest(notify(1) + JUMP_TO_SELF, gates=[TIMER]) as guest:
         assert guest.run() == Notify(1)
         host, start = guest.host, guest.host._cpu.start
-        calls = []
+        calls: list[int] = []
 
         def late(eip: int) -> int:
             if not calls:

@@ -256,7 +256,7 @@ def test_page_tables_outside_memory_map_nothing_of_ours(table: int, access: str)
 
 
 def test_the_host_s_pages_as_page_tables_get_accessed_and_dirty_bits_and_no_others() -> None:
-    """The CPU marks an entry wherever it finds it, read-only memory too; a guest can choose descriptors that look like entries.
+    """The CPU marks an entry wherever it finds it, in read-only memory too, and descriptors can look like entries.
 
     In the host's own page table both bits are set from the start. In a descriptor they are bits of the limit and of the
     base, which are the guest's to choose anyway.
@@ -276,11 +276,9 @@ def test_the_host_s_pages_as_page_tables_get_accessed_and_dirty_bits_and_no_othe
         assert guest.read(SPARE) == 0x77
     code = map_window(0, upper=HOST | 7) + store_value(WINDOW + 0x400, 1)
     with LittleGuest(code, gates=[PF]) as guest:
-        guest.host._cpu.start(guest.host._cpu.q[c.EIP])
-        assert all(
-            word == (HOST + (number - 0) * 4096 | 0x61) if number < c.HOST_PAGES else word == 0
-            for number, word in enumerate(guest.host._cpu._words[:1024])
-        )
+        guest.trap(PF)
+        own = [HOST + page * 4096 | 0x61 for page in range(c.HOST_PAGES)]
+        assert list(guest.host._cpu._words[:1024]) == own + [0] * (1024 - c.HOST_PAGES)
 
 
 @pytest.mark.parametrize("entry", [HOST | 7, HOST | 0x67, RAM_BYTES | 7, 0xFFFFF007])
@@ -430,6 +428,19 @@ def test_forged_descriptors_of_a_task_do_not_run_one_instruction_in_ring_0(how: 
         guest.write(USER_CODE, increment(RESULTS) + IN_RING_0)
         assert died(guest) == f"the guest gave itself ring 0 at {USER_CODE:#x}"
         assert guest.result() == 0
+
+
+def test_a_cpu_that_is_stopped_on_its_way_into_ring_0_is_not_started_again() -> None:
+    with LittleGuest(notify(1)) as guest:
+        assert guest.run() == Notify(1)
+        cpu = guest.host._cpu
+
+        def stopped_in_ring_0(_eip: int) -> int:
+            cpu.d[c.HFLAGS] &= ~c.HF_CPL_MASK
+            return 0
+
+        cpu.start = stopped_in_ring_0  # type: ignore[method-assign, assignment]
+        assert died(guest).startswith("the guest gave itself ring 0 at ")
 
 
 @pytest.mark.parametrize("ring", [1, 3])

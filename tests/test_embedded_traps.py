@@ -358,6 +358,24 @@ def test_a_gate_of_ring_3_is_for_all_with_eip_after_the_instruction_and_no_error
         assert frame.cs & 3 == ring
 
 
+@pytest.mark.parametrize("ring", RINGS)
+@pytest.mark.parametrize(
+    ("code", "vector", "eip"), [(interrupt(0x80), 0x80, 0), (interrupt(0x81), GP, 0xFFFFFFFE), (UD2, 6, 0xFFFFFFFE)]
+)
+def test_eip_has_32_bits_at_the_end_of_a_segment_too(ring: int, code: bytes, vector: int, eip: int) -> None:
+    """The segment starts at SPARE, so its last two bytes are the two before SPARE; Unicorn counts on past 32 bits."""
+    high = (0x00CFBB00 if ring == 1 else 0x00CFFB00) | SPARE >> 16
+    kernel = hypercall(abi.LHCALL_LOAD_GDT_ENTRY, 20, (SPARE & 0xFFFF) << 16 | 0xFFFF, high)
+    if ring == 1:
+        kernel += b"\xea" + word(0xFFFFFFFE) + struct.pack("<H", 20 * 8 | 1)  # jmp 20*8|1:0xfffffffe
+    else:
+        kernel += move_to_ring_3(0xFFFFFFFE, cs=20 * 8 | 3)
+    gates = {0x80: gate(handler(0x80), privilege=3), GP: gate(handler(GP)), 6: gate(handler(6))}
+    with LittleGuest(kernel, gates=gates) as guest:
+        guest.write(SPARE - 2, code)
+        assert guest.trap(vector).eip == eip
+
+
 # Instructions that a guest does not have.
 
 
@@ -556,7 +574,7 @@ def test_before_there_are_page_tables_memory_ends_where_the_guest_s_does() -> No
 
 @pytest.mark.parametrize("ring", RINGS)
 def test_virtual_8086_mode_is_ring_3_to_the_guest_s_kernel(ring: int) -> None:
-    """Its selectors look like ring 1, and its stack pointer points at the kernel's data: nothing may be pushed there."""
+    """Its selectors look like ring 1, and its stack pointer points where it likes: nothing may be pushed there."""
     segment = USER_CODE >> 4 | 1
     target = SPARE + 0x900
     # Pushed last to first: gs fs ds es ss esp eflags cs eip.

@@ -282,12 +282,14 @@ ENDINGS: dict[str, tuple[Callable[[Launch], None], int]] = {
     "death": (lambda launched: typed(launched, "misdeed triple-fault\r"), 1),
     "ring": (lambda launched: typed(launched, "misdeed head@console\r"), 1),
     "three ^C": (three_interrupts, 2),
-    **{number.name: (lambda launched, number=number: launched.signal(number), 128 + number)
-       for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)},
+    "SIGTERM": (lambda launched: launched.signal(signal.SIGTERM), 128 + signal.SIGTERM),
+    "SIGINT": (lambda launched: launched.signal(signal.SIGINT), 128 + signal.SIGINT),
+    "SIGHUP": (lambda launched: launched.signal(signal.SIGHUP), 128 + signal.SIGHUP),
+    "SIGQUIT": (lambda launched: launched.signal(signal.SIGQUIT), 128 + signal.SIGQUIT),
     "worker killed": (kill_worker(signal.SIGKILL), 1),
     "worker crashed": (kill_worker(signal.SIGSEGV), 1),
     "worker terminated": (kill_worker(signal.SIGTERM), 1),
-}  # fmt: skip
+}
 
 
 def typed(launched: Launch, keys: str) -> None:

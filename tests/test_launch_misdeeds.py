@@ -1,4 +1,4 @@
-"""Everything a guest must not do, in a guest that does it. The guest may come to harm; its launcher and its disk do not.
+"""Everything a guest must not do, in a guest that does it. The guest may come to harm, its launcher and its disk not.
 
 The list is the guest's own (`misdeed list`). What is not in a table here must still end in one of the two orderly ways:
 the guest lives on, or the launcher ends with 1 and one line.
@@ -18,18 +18,18 @@ SECTORS = 64
 
 # What a ring's misdeed comes to, for a disk. A line of the launcher, or else the guest's own words about it.
 RING_FATAL = {
-    "outside": r"descriptor 0: Invalid address 0x[0-9a-f]+\+\d+ is outside guest memory",
-    "past-end": r"descriptor 0: Invalid address 0x[0-9a-f]+\+\d+ is outside guest memory",
-    "high-address": r"descriptor 0: Invalid address 0x1[0-9a-f]{8}\+\d+ is outside guest memory",
-    "wrap-32": r"descriptor 0: Invalid address 0xfffffff0\+32 is outside guest memory",
-    "wrap-64": r"descriptor 0: Invalid address 0xfffffffffffffff0\+32 is outside guest memory",
-    "huge-length": r"descriptor 0: Invalid address 0x[0-9a-f]+\+4294967295 is outside guest memory",
+    "outside": r"descriptor [01]: Invalid address 0x[0-9a-f]+\+\d+ is outside guest memory",
+    "past-end": r"descriptor [01]: Invalid address 0x[0-9a-f]+\+\d+ is outside guest memory",
+    "high-address": r"descriptor [01]: Invalid address 0x1[0-9a-f]{8}\+\d+ is outside guest memory",
+    "wrap-32": r"descriptor [01]: Invalid address 0xfffffff0\+32 is outside guest memory",
+    "wrap-64": r"descriptor [01]: Invalid address 0xfffffffffffffff0\+32 is outside guest memory",
+    "huge-length": r"descriptor [01]: Invalid address 0x[0-9a-f]+\+4294967295 is outside guest memory",
     "head": r"Guest says index 128 is available, the ring has 128",
     "head-wild": r"Guest says index 65535 is available, the ring has 128",
-    "next": r"descriptor 0: Desc next is 128, the table has 128",
-    "loop": r"descriptor 0: Looped descriptor",
-    "self-loop": r"descriptor 0: Looped descriptor",
-    "out-after-in": r"descriptor 1: Descriptor has out after in",
+    "next": r"descriptor [01]: Desc next is 128, the table has 128",
+    "loop": r"descriptor [01]: Looped descriptor",
+    "self-loop": r"descriptor [01]: Looped descriptor",
+    "out-after-in": r"descriptor [01]: Descriptor has out after in",
     "avail-jump": r"Guest moved avail index from 0 to 129",
     "avail-back": r"Guest moved avail index from 0 to 65535",
     "avail-trash": r"Guest moved avail index from 0 to 65535",
@@ -185,12 +185,8 @@ def test_a_writable_buffer_for_output_ends_the_guest(disk: Path) -> None:
 
 
 def test_a_readable_buffer_for_input_ends_the_guest_when_input_comes() -> None:
-    with launch("quiet misdeed readable-input") as launched:
-        launched.out.wait_for("misdeed readable-input")
-        # The buffers that the driver had given before come first.
-        for _ in range(8):
-            launched.send("x" * 512)
-        code, _out, err = launched.end()
+    with open("/dev/zero", "rb") as endless:
+        code, _out, err = run("quiet misdeed readable-input; poweroff", stdin=endless.fileno())
 
     assert code == 1
     assert re.fullmatch(r"lgmp: console: queue 0: descriptor \d+: Output buffers in console in queue\?\n", err), err

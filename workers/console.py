@@ -62,6 +62,7 @@ class Console(Device):
         # with others (a shell, a pager), and its flags are theirs.
         self._input = _unblocked(input_fd, os.O_RDONLY)
         self._output = _unblocked(output_fd, os.O_WRONLY)
+        self._owned = {self._input, self._output} - {input_fd, output_fd}
         self._input_is_terminal = os.isatty(input_fd)
         self._input_open = True
         self._output_open = True
@@ -303,6 +304,8 @@ class Console(Device):
         """Give the terminal its modes back, unless somebody has already."""
         if self._terminal:
             self._terminal.restore(only_if_raw=True)
+        while self._owned:
+            os.close(self._owned.pop())
 
 
 def _unblocked(fd: int, access: int) -> int:

@@ -28,7 +28,7 @@ def choose(wanted: str) -> str:
 
 
 def make(kind: str, memory: GuestMemory, guest_limit: int, entry: int) -> Host:
-    """A host of that kind (from `choose`) for a guest that starts at `entry` and sees `guest_limit` bytes of `memory`."""
+    """A host of that kind (from `choose`): its guest starts at `entry` and sees `guest_limit` bytes of `memory`."""
     assert kind == "embedded", kind
     # Imported here: the emulator is not needed, and need not be installed, where the kernel runs the guest.
     from lgmp.hosts.embedded.host import EmbeddedHost  # noqa: PLC0415

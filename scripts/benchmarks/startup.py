@@ -23,12 +23,13 @@ _STAMP = "import os, time; os.write(1, str(time.monotonic_ns()).encode())"
 _LAUNCH = """\
 import os, sys, time
 from lgmp.cli import finish
-from lgmp.launcher import BlockOption, GuestOptions, launch
+from lgmp.devices import BlockOption
+from lgmp.launcher import GuestOptions, launch
 end = launch(GuestOptions(
     memory_bytes=16 << 20,
     kernel=sys.argv[1],
     arguments=("quiet poweroff",),
-    blocks=(BlockOption(sys.argv[2]),),
+    devices=(BlockOption(sys.argv[2]),),
     on_running=lambda running: os.write(1, str(time.monotonic_ns()).encode()),
 ))
 sys.exit(finish(end))

@@ -1,0 +1,1 @@
+"""A host of our own for machines without /dev/lguest: the lg module's work in user space."""

@@ -126,9 +126,9 @@ class Cpu:
         self.gdt = words[_GDT_PAGE * 1024 : _GDT_PAGE * 1024 + 2 * abi.GDT_ENTRIES]
         for page in range(HOST_PAGES):
             # Accessed and dirty from the start, so that the CPU never wants to write them.
-            words[page + (HOST_PAGES_ADDRESS >> 12 & 1023)] = (
-                HOST_PAGES_ADDRESS + page * PAGE_SIZE
-            ) | (abi.PAGE_PRESENT | abi.PAGE_ACCESSED | abi.PAGE_DIRTY)
+            words[page + (HOST_PAGES_ADDRESS >> 12 & 1023)] = (HOST_PAGES_ADDRESS + page * PAGE_SIZE) | (
+                abi.PAGE_PRESENT | abi.PAGE_ACCESSED | abi.PAGE_DIRTY
+            )
         self._words = words
 
         cpu_object = ctypes.c_uint64.from_address(handle.value + _UC_CPU if handle.value else 0).value
@@ -164,7 +164,7 @@ class Cpu:
     # Calls that hot paths make; each is one call into the library.
 
     def start(self, eip: int) -> int:
-        """Run from `eip` until somebody stops the CPU or an access leaves physical memory; gives Unicorn's error number."""
+        """Run from `eip` until somebody stops the CPU or an access leaves memory; gives Unicorn's error number."""
         error: int = self._library.uc_emu_start(self.handle, eip, 0, 0, 0)
         return error
 
@@ -200,7 +200,7 @@ class Cpu:
         self._check(self._library.uc_reg_write(self.handle, register, ctypes.byref(word)), "write a register")
 
     def load_page_directory(self, directory: int) -> None:
-        """Point CR3 at a page directory (guest-physical) of the guest's, give its last entry to the host, turn paging on."""
+        """Point CR3 at a page directory (guest-physical address) of the guest's, and turn paging on."""
         self.write_register(uc.UC_X86_REG_CR3, directory)
         cr0 = self.read_register(uc.UC_X86_REG_CR0)
         if not cr0 & abi.X86_CR0_PG:

@@ -28,7 +28,7 @@ FLAT_LOW = 0x0000FFFF
 
 
 class Segment(NamedTuple):
-    """A segment as the CPU caches it when a selector is loaded: base address, limit in bytes, high word of the descriptor."""
+    """A segment as the CPU caches it: base address, limit in bytes, high word of the descriptor."""
 
     base: int
     limit: int

@@ -122,7 +122,7 @@ class EmbeddedHost:
         self._guest.close()
 
     def _set_registers(self, entry: int) -> None:
-        """The registers that lguest guests start with: flat ring-1 segments, everything else 0 (boot_params is at 0)."""
+        """What lguest guests start with: flat ring-1 segments, everything else 0 (boot_params is at 0)."""
         cpu = self._cpu
         for register in range(8):
             cpu.q[c.REGS + register] = 0
@@ -170,7 +170,6 @@ class EmbeddedHost:
             self._cpu.stop()
 
     def _invalid_opcode(self) -> None:
-        self._cpu.d[c.OLD_EXCEPTION] = c.NO_EXCEPTION
         try:
             self._traps.fault(abi.TRAP_INVALID_OPCODE)
         except BaseException as failure:  # it must not cross Unicorn's frames
@@ -184,7 +183,8 @@ class EmbeddedHost:
     def _set_kicker(self) -> None:
         """Have the CPU stopped when there will be something to do."""
         if self._guest.pending:
-            # The guest has interrupts off, or this one blocked, and will not always say when that ends: look again soon.
+            # The guest has interrupts off, or this one blocked, and will not always say when that ends: look
+            # again soon.
             self._kicker.soon()
         else:
             self._kicker.at(self._deadline)
@@ -209,7 +209,7 @@ class EmbeddedHost:
             self._wake.get()
 
     def _kick(self) -> bool:
-        """The kicker's call: stop the CPU if it may be running; once more later, since this stop may have come too early."""
+        """Stop the CPU if it may be running; True for once more later, since this stop may come too early."""
         if not self._running or self._guest.halted:
             return False
         self._cpu.stop()

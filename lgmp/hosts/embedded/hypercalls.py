@@ -4,6 +4,9 @@ The guest's CPU walks the guest's own page tables, so the hypercalls about them 
 shadowed. Everything in a call is hostile.
 """
 
+# Every hypercall has four arguments; few of them use all.
+# ruff: noqa: ARG002
+
 from __future__ import annotations
 
 import zlib
@@ -37,13 +40,18 @@ class Hypercalls:
         set_timer: Callable[[int], None],
         tsc_khz: Callable[[], int],
     ) -> None:
-        """`set_timer(nanoseconds)`: make interrupt 0 pending after that time, or never for 0; `tsc_khz()`: what the guest is told."""
+        """Work on this CPU and guest; `table`: its GDT.
+
+        `set_timer(nanoseconds)`: make interrupt 0 pending after that time, or never for 0; `tsc_khz()`: the speed of
+        the time-stamp counter, for the guest to know.
+        """
         self._cpu = cpu
         self._guest = guest
         self._table = table
         self._set_timer = set_timer
         self._tsc_khz = tsc_khz
-        # The call that waits for the ring before it to be done: it does while a NOTIFY from the ring is with the launcher.
+        # The call that waits for the ring before it to be done, as it does while a NOTIFY from there is with the
+        # launcher.
         self._waiting: tuple[int, Arguments] | None = None
         # Checksums of pages as they were when they were last mapped read-only into user space.
         self._code_checksums: dict[int, int] = {}

@@ -16,7 +16,7 @@ def check_page_table_entry(entry: int, pfn_limit: int) -> None:
 
 
 def check_page_directory_entry(entry: int, pfn_limit: int) -> None:
-    """Raise GuestKilled for a present entry that names a page table outside the guest, or has flags that lguest has no use for."""
+    """Raise GuestKilled for a present entry that names a page table outside the guest, or has unknown flags."""
     if entry & abi.PAGE_PRESENT and (entry & 0xFFF & ~abi.PAGE_TABLE or entry >> 12 >= pfn_limit):
         raise GuestKilled("bad page directory entry")
 

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from lgmp.hosts import Event
 from lgmp.hosts.embedded import abi
-from lgmp.hosts.embedded.descriptors import FLAT_CODE_HIGH, FLAT_DATA_HIGH, FLAT_LOW, Gate, Segment, fix_descriptor, segment_of
+from lgmp.hosts.embedded.descriptors import (
+    FLAT_CODE_HIGH,
+    FLAT_DATA_HIGH,
+    FLAT_LOW,
+    Gate,
+    Segment,
+    fix_descriptor,
+    segment_of,
+)
 
 
 class GuestKilled(Exception):
@@ -68,7 +76,7 @@ class GuestState:
         self.memory.release()
 
     def check_range(self, address: int, size: int, what: str) -> None:
-        """Raise GuestKilled, with lg's text, where `size` bytes at the guest-physical `address` are not all the guest's."""
+        """Raise GuestKilled, with lg's text, where not all `size` bytes at guest-physical `address` are the guest's."""
         if address + size > self.limit:
             raise GuestKilled(f"bad {what} address {address:#x} len {size}")
 

@@ -1,10 +1,10 @@
 """A few bytes of machine code that Unicorn calls where a Python function cannot be.
 
-Some instructions must end in a fault: `in` and `out` from ring 3, sysenter and syscall from any ring, all in ring 0. Unicorn
-calls a hook for each from the middle of a translated block and then goes on with the block, so the fault has to be
-raised inside the hook, and Unicorn's way to raise one is a longjmp, which must not cross a Python frame. Hence
-hooks in machine code (x86-64, the System V calling convention): they look at the CPU's privilege level and
-either answer or jump to Unicorn's own raise_exception_err(env, trap, error code).
+Some instructions must end in a fault: `in` and `out` from ring 3, sysenter and syscall from any ring, all of them in
+ring 0. Unicorn calls a hook for each from the middle of a translated block and then goes on with the block, so the
+fault has to be raised inside the hook, and Unicorn's way to raise one is a longjmp, which must not cross a Python
+frame. Hence hooks in machine code (x86-64, the System V calling convention): they look at the CPU's privilege level
+and either answer or jump to Unicorn's own raise_exception_err(env, trap, error code).
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class Thunks:
     """The hooks, in a page of their own that is executable and no longer writable once made.
 
     `port_in`, `port_out`, `syscall`, `sysenter` and `new_block` are addresses for uc_hook_add with the CPU's state
-    (env) as user data; `read_tsc` is the address of a function without arguments that gives the host's time-stamp counter.
+    (env) as user data; `read_tsc` is the address of a function without arguments that gives the host's time-stamp
+    counter.
     """
 
     def __init__(self, raise_exception_err: int, hflags_offset: int) -> None:

@@ -32,7 +32,7 @@ class Traps:
         self._table = table
 
     def fault(self, vector: int) -> None:
-        """An exception of the CPU, with EIP at the instruction that caused it. Raises GuestKilled where it cannot be delivered."""
+        """An exception of the CPU, with EIP at what caused it. Raises GuestKilled where it cannot be delivered."""
         d = self._cpu.d
         error_code = d[c.ERROR_CODE]
         if vector == abi.TRAP_PAGE_FAULT:
@@ -99,7 +99,7 @@ class Traps:
         gate = self._guest.gates[vector]
         if gate is None:
             q = self._cpu.q
-            detail = q[c.CR2] if vector == abi.TRAP_PAGE_FAULT else error_code
+            detail = q[c.CR2] & 0xFFFFFFFF if vector == abi.TRAP_PAGE_FAULT else error_code
             raise GuestKilled(f"unhandled trap {vector} at {q[c.EIP]:#x} ({detail:#x})")
         self._enter(gate, error_code if vector in abi.TRAPS_WITH_ERROR_CODE else None)
 
@@ -113,14 +113,15 @@ class Traps:
             eflags &= ~abi.X86_EFLAGS_IF
         if eflags & abi.X86_EFLAGS_VM:
             eflags = self._leave_virtual_8086(eflags)
-        frame = [q[c.EIP], d[c.CS_SELECTOR], eflags]
+        # Where the end of a segment is the end of 4 GiB, Unicorn counts on past it.
+        frame = [q[c.EIP] & 0xFFFFFFFF, d[c.CS_SELECTOR], eflags]
         if error_code is not None:
             frame.insert(0, error_code)
         if d[c.SS_SELECTOR] & 3 == abi.GUEST_PL:
             top = q[c.ESP]
         else:
             top = guest.esp1
-            frame += (q[c.ESP], d[c.SS_SELECTOR])
+            frame += (q[c.ESP] & 0xFFFFFFFF, d[c.SS_SELECTOR])
             stack = self._table.segments[guest.ss1 >> 3 & 31]
             if not stack.usable_stack:
                 raise GuestKilled(f"unhandled trap {abi.TRAP_IN_SWITCHER} at {q[c.EIP]:#x} ({guest.ss1:#x})")
@@ -172,7 +173,7 @@ class Traps:
         return eflags & ~(abi.X86_EFLAGS_VM | abi.X86_EFLAGS_IOPL)
 
     def _skip_cli(self) -> bool:
-        """A `cli` of the guest kernel's is skipped: some of its early code is not paravirtualised (lg does this since 2.6.33)."""
+        """Skip a `cli` of the guest kernel's, as lg does: some of its early code is not paravirtualised."""
         cli = 0xFA
         q = self._cpu.q
         if self._code_at(q[c.EIP]) != cli:

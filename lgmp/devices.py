@@ -1,0 +1,145 @@
+"""What the devices of a command line are to the bus and to their workers, with their backing open.
+
+A device is asked for by an option (`BlockOption`, `TapOption`, ...). `open_devices` opens what each stands on, a disk,
+a tap, a file of random bytes, and gives a `Model` of each: all that it takes to put it on the bus and start its worker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from lgmp.disk import Disk
+from lgmp.errors import LgmpError
+from lgmp.network import NetworkOption, TapOption, UserOption, open_network
+from lgmp.supervisor import WorkerSpecification
+from lgmp.virtio import block, ids, net, rng
+
+# Where random bytes come from unless the user says otherwise.
+RANDOM = "/dev/urandom"
+
+
+@dataclass(frozen=True, slots=True)
+class BlockOption:
+    """One `--block`: the file or block device, and whether the guest may only read it."""
+
+    path: str
+    read_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RngOption:
+    """One `--rng`: the file that random bytes come from."""
+
+    path: str = RANDOM
+
+
+DeviceOption = BlockOption | TapOption | UserOption | RngOption
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A device before it is on the bus. `on_started` is to be called once its worker runs."""
+
+    name: str
+    device_type: int
+    queues: int
+    features: int
+    config: bytes
+    specification: WorkerSpecification
+    on_started: Callable[[], None] = lambda: None
+
+
+def open_devices(options: Sequence[DeviceOption], stack: contextlib.ExitStack) -> list[Model]:
+    """Open what the devices stand on, in their order; `stack` closes it. Raises LgmpError, with the remedy."""
+    models: list[Model] = []
+    for option in options:
+        kind = _KINDS[type(option)]
+        number = sum(model.device_type == kind for model in models)
+        match option:
+            case BlockOption():
+                models.append(_block(option, number, stack))
+            case TapOption() | UserOption():
+                models.append(_net(option, number, stack))
+            case RngOption():
+                models.append(_rng(option, number, stack))
+    return models
+
+
+_KINDS = {
+    BlockOption: ids.VIRTIO_ID_BLOCK,
+    TapOption: ids.VIRTIO_ID_NET,
+    UserOption: ids.VIRTIO_ID_NET,
+    RngOption: ids.VIRTIO_ID_RNG,
+}
+
+
+def _block(option: BlockOption, number: int, stack: contextlib.ExitStack) -> Model:
+    disk = stack.enter_context(Disk.open(option.path, read_only=option.read_only))
+    read_only = ("--read-only",) if disk.read_only else ()
+    return Model(
+        f"vd{_letters(number)}",
+        ids.VIRTIO_ID_BLOCK,
+        1,
+        block.features(disk.read_only),
+        block.config_space(disk.sectors, ids.VIRTQUEUE_NUM),
+        WorkerSpecification(
+            "workers.block",
+            (*read_only, "--disk-fd", str(disk.descriptor), "--", disk.path),
+            (disk.descriptor,),
+        ),
+    )
+
+
+def _net(option: NetworkOption, number: int, stack: contextlib.ExitStack) -> Model:
+    network = stack.enter_context(open_network(option, number))
+    return Model(
+        f"eth{number}",
+        ids.VIRTIO_ID_NET,
+        net.QUEUES,
+        net.features(network.offloads),
+        net.config_space(network.mac),
+        WorkerSpecification("workers.net", (*network.worker_options, "--", network.title), (network.descriptor,)),
+        network.handed_over,
+    )
+
+
+def _rng(option: RngOption, number: int, stack: contextlib.ExitStack) -> Model:
+    descriptor = _open_random(option.path)
+    stack.callback(os.close, descriptor)
+    return Model(
+        f"rng{number}",
+        ids.VIRTIO_ID_RNG,
+        rng.QUEUES,
+        rng.features(),
+        b"",
+        WorkerSpecification("workers.rng", ("--source-fd", str(descriptor), "--", option.path), (descriptor,)),
+    )
+
+
+def _open_random(path: str) -> int:
+    """Open a file of random bytes. Raises LgmpError for what cannot be one."""
+    try:
+        # Not blocking: a FIFO would otherwise wait for its other end, and a guest for that.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError as error:
+        raise LgmpError(f"cannot open {path} for random bytes: {error.strerror}; {RANDOM} is always there") from error
+    except ValueError as error:
+        raise LgmpError(f"cannot open {path!r} for random bytes: {error}") from error
+    if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise LgmpError(f"{path} is a directory: it has no random bytes; {RANDOM} has")
+    return descriptor
+
+
+def _letters(number: int) -> str:
+    """The letters of a disk: a, b, ... z, aa, ab, ... as Linux names them."""
+    letters = ""
+    number += 1
+    while number:
+        number, digit = divmod(number - 1, 26)
+        letters = chr(ord("a") + digit) + letters
+    return letters

@@ -1,0 +1,332 @@
+"""What becomes of a guest whose processes die, and that nothing is left of it: no process, no queue."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from launching import (
+    GUEST,
+    LGMP,
+    MEM,
+    Launch,
+    launch,
+    make_disk,
+    prompt,
+    session_processes,
+    wait_until,
+)
+
+import lgmp
+
+DEADLY = [signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV]
+WORKERS = ["vda", "vdb", "console"]
+
+
+@pytest.fixture
+def disks(tmp_path: Path) -> list[str]:
+    """The options for two disks."""
+    return [word for name in ("a", "b") for word in ("--block", str(make_disk(tmp_path / name)))]
+
+
+# Workers
+
+
+@pytest.mark.parametrize("number", DEADLY, ids=lambda number: number.name)
+@pytest.mark.parametrize("name", WORKERS)
+def test_a_worker_that_is_killed_ends_the_guest_and_is_named(
+    name: str, number: signal.Signals, disks: list[str]
+) -> None:
+    with prompt(*disks) as launched:
+        pid = launched.workers()[name]
+        os.kill(pid, number)
+        code, _out, err = launched.end()
+
+    assert code == 1
+    assert err == f"lgmp: worker {name} (pid {pid}) was killed by {number.name}\n"
+
+
+@pytest.mark.parametrize("name", WORKERS)
+def test_a_worker_that_is_killed_while_it_starts_ends_the_guest(name: str, disks: list[str]) -> None:
+    with launch("quiet", *disks) as launched:
+        wait_until(lambda: name in launched.workers(), f"worker {name}")
+        pid = launched.workers()[name]
+        os.kill(pid, signal.SIGKILL)
+        code, _out, err = launched.end()
+
+    assert code == 1
+    assert err == f"lgmp: worker {name} (pid {pid}) was killed by SIGKILL\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "command"), [("vda", "blk stress 1000000 1"), ("console", "console lines 1000000 70")]
+)
+def test_a_worker_that_is_killed_at_work_ends_the_guest(name: str, command: str, disks: list[str]) -> None:
+    with prompt(*disks) as launched:
+        launched.send(f"console lines 5 20; {command}\n")
+        launched.out.wait_for("5 done")
+        pid = launched.workers()[name]
+        os.kill(pid, signal.SIGKILL)
+        code, _out, err = launched.end()
+
+    assert code == 1
+    assert err == f"lgmp: worker {name} (pid {pid}) was killed by SIGKILL\n"
+
+
+def test_a_worker_that_dies_in_a_reset_ends_the_guest(disks: list[str]) -> None:
+    with prompt(*disks) as launched:
+        pid = launched.workers()["vda"]
+        os.kill(pid, signal.SIGSTOP)
+        launched.send("blk id\n")
+        launched.out.wait_for("blk id\n")
+        os.kill(pid, signal.SIGKILL)
+        code, _out, err = launched.end()
+
+    assert code == 1
+    assert err == f"lgmp: worker vda (pid {pid}) was killed by SIGKILL\n"
+
+
+def test_all_workers_killed_at_once_end_the_guest_in_one_line(disks: list[str]) -> None:
+    with prompt(*disks) as launched:
+        for pid in launched.workers().values():
+            os.kill(pid, signal.SIGKILL)
+        code, _out, err = launched.end()
+
+    assert code == 1
+    assert re.fullmatch(r"lgmp: worker \w+ \(pid \d+\) was killed by SIGKILL\n", err)
+
+
+@pytest.mark.parametrize(
+    ("program", "end"),
+    [
+        ("raise SystemExit(3)", r"exited with code 3"),
+        ("raise SystemExit(0)", r"exited with code 0"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGABRT)", r"was killed by SIGABRT"),
+    ],
+)
+def test_a_worker_that_does_not_come_up_ends_the_guest(
+    program: str, end: str, tmp_path: Path, disks: list[str]
+) -> None:
+    broken = tmp_path / "broken" / "workers"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").touch()
+    for module in ("block", "console"):
+        (broken / f"{module}.py").write_text(f"{program}\n")
+
+    with launch("quiet", *disks, env={**os.environ, "PYTHONPATH": str(broken.parent)}) as launched:
+        code, _out, err = launched.end()
+
+    assert code == 1
+    assert re.fullmatch(rf"lgmp: worker \w+ \(pid \d+\) {end}\n", err), err
+
+
+def test_a_worker_that_cannot_be_started_is_said_in_one_line(disks: list[str]) -> None:
+    # An interpreter that is told that it is a file which is not there, and so has to be told where its library is.
+    env = {
+        **os.environ,
+        "PYTHONHOME": sys.base_prefix,
+        "PYTHONPATH": f"{Path(lgmp.__file__).parents[1]}:{sysconfig.get_path('purelib')}",
+    }
+    prefix = ("bash", "-c", 'exec -a /nowhere/python "$@"', "bash")
+    with launch("quiet", *disks, env=env, prefix=prefix) as launched:
+        code, _out, err = launched.end()
+
+    assert code == 1
+    assert re.fullmatch(r"lgmp: cannot start the worker of vda: .+'/nowhere/python'\n", err), err
+
+
+def test_a_guest_goes_on_while_a_worker_it_does_not_need_is_stopped(disks: list[str]) -> None:
+    with prompt(*disks) as launched:
+        pid = launched.workers()["vdb"]
+        os.kill(pid, signal.SIGSTOP)
+        launched.command("blk -d 0 crc")
+        os.kill(pid, signal.SIGCONT)
+        launched.command("blk -d 1 crc")
+        launched.send("poweroff\n")
+        code, out, _err = launched.end()
+
+    assert code == 0
+    assert out.count("blk crc: status 0") == 2
+
+
+def test_terminating_the_whole_session_ends_it_in_order(disks: list[str]) -> None:
+    # As timeout(1) and many a script do. Who sees whose end first is chance, that it ends is not.
+    with prompt(*disks) as launched:
+        os.killpg(launched.session, signal.SIGTERM)
+        code, _out, err = launched.end()
+
+    assert code in (128 + signal.SIGTERM, 1)
+    assert err.count("\n") <= 1 and "Traceback" not in err
+
+
+# The launcher
+
+
+def test_workers_go_when_their_launcher_is_killed(disks: list[str]) -> None:
+    with prompt(*disks) as launched:
+        launched.signal(signal.SIGKILL)
+        launched.wait()
+        launched.wait_until_nothing_is_left()
+        launched.err.join()
+
+        assert launched.err.text == ""
+
+
+def test_workers_go_when_their_launcher_is_killed_while_they_work(disks: list[str]) -> None:
+    with prompt(*disks) as launched:
+        launched.send("console lines 5 20; blk stress 1000000 1\n")
+        launched.out.wait_for("5 done")
+        launched.signal(signal.SIGKILL)
+        launched.wait()
+        launched.wait_until_nothing_is_left()
+
+
+def test_workers_go_when_their_launcher_is_killed_and_nobody_reads_the_output() -> None:
+    reading, writing = os.pipe()
+    with launch("quiet console lines 100000 70", stdout=writing) as launched:
+        os.read(reading, 1)
+        launched.signal(signal.SIGKILL)
+        launched.wait()
+        launched.wait_until_nothing_is_left()
+    os.close(reading)
+    os.close(writing)
+
+
+def test_everything_killed_at_once_leaves_nothing(disks: list[str]) -> None:
+    with prompt(*disks) as launched:
+        os.killpg(launched.session, signal.SIGKILL)
+        launched.wait()
+        launched.wait_until_nothing_is_left()
+
+
+# Where all queues can be seen
+
+
+class Namespace:
+    """A mount and IPC namespace of its own where /dev/mqueue is mounted: `prefix` starts a command in it."""
+
+    SETUP = """
+        dev=$(mktemp -d) && mount -t tmpfs none $dev && mkdir $dev/mqueue $dev/pts $dev/shm &&
+        for node in null zero full random urandom tty; do
+            touch $dev/$node && mount --bind /dev/$node $dev/$node || exit 1
+        done &&
+        mount -t mqueue none $dev/mqueue && mount --rbind $dev /dev && rmdir $dev 2>/dev/null
+        echo ready && exec cat
+    """
+
+    def __init__(self) -> None:
+        user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
+        self._process = subprocess.Popen(
+            ["unshare", *user, "--mount", "--ipc", "sh", "-c", self.SETUP],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline() == "ready\n"
+        user = ["--user", "--preserve-credentials"] if user else []
+        self.prefix = ("nsenter", *user, "--mount", "--ipc", "--target", str(self._process.pid), "--")
+
+    def __enter__(self) -> Namespace:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait()
+
+    def queues(self) -> list[str]:
+        """The names of all message queues."""
+        return sorted(os.listdir(f"/proc/{self._process.pid}/root/dev/mqueue"))
+
+    def make_queue(self, name: str) -> None:
+        """A queue that somebody left behind."""
+        program = f"import posix_ipc; posix_ipc.MessageQueue('/{name}', posix_ipc.O_CREX).close()"
+        subprocess.run([*self.prefix, LGMP[0], "-c", program], check=True)
+
+    def run(self, commands: str, *options: str) -> int:
+        """Run a guest to its end; the launcher's exit status."""
+        with launch(f"quiet {commands}", *options, prefix=self.prefix) as launched:
+            return launched.end()[0]
+
+
+@pytest.fixture(scope="module")
+def namespace() -> Iterator[Namespace]:
+    with Namespace() as made:
+        yield made
+
+
+def test_queues_have_names_only_until_all_workers_are_ready(namespace: Namespace, disks: list[str]) -> None:
+    with launch("quiet", *disks, prefix=namespace.prefix) as launched:
+        wait_until(lambda: f"lgmp.{launched.pid}.done" in namespace.queues(), "queues")
+        wait_until(lambda: not namespace.queues(), "no queues")
+        launched.command("blk -d 0 crc; blk -d 1 crc")
+        launched.send("poweroff\n")
+
+        assert launched.end()[0] == 0
+    assert namespace.queues() == []
+
+
+def test_the_next_launch_sweeps_what_dead_launchers_left(namespace: Namespace) -> None:
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    foreign = ["lgmp", "lgmp.", "lgmp.x.vda", "other"]
+    for name in (f"lgmp.{dead.pid}.done", f"lgmp.{dead.pid}.vda", f"lgmp.{os.getpid()}.vda", *foreign):
+        namespace.make_queue(name)
+
+    code = namespace.run("poweroff")
+
+    left = namespace.queues()
+    for name in left:
+        os.unlink(f"/proc/{namespace._process.pid}/root/dev/mqueue/{name}")
+    assert code == 0
+    assert left == sorted([*foreign, f"lgmp.{os.getpid()}.vda"])
+
+
+@pytest.mark.parametrize("whom", ["launcher", "all"])
+def test_a_launcher_killed_at_any_moment_leaves_nothing_that_the_next_does_not_sweep(
+    whom: str, namespace: Namespace, disks: list[str]
+) -> None:
+    for step in range(20):
+        with launch("quiet", *disks, prefix=namespace.prefix) as launched:
+            time.sleep(step * 0.012)  # any moment will do
+            with contextlib.suppress(ProcessLookupError):
+                (os.kill if whom == "launcher" else os.killpg)(launched.session, signal.SIGKILL)
+            launched.wait()
+            wait_until(lambda it=launched: not session_processes(it.session), "workers gone")  # type: ignore[misc]
+
+    assert namespace.run("poweroff") == 0
+    assert namespace.queues() == []
+
+
+@pytest.mark.parametrize("name", WORKERS)
+def test_a_worker_killed_at_any_moment_ends_the_guest(name: str, namespace: Namespace, disks: list[str]) -> None:
+    for step in range(8):
+        with launch("quiet", *disks, prefix=namespace.prefix) as launched:
+            wait_until(lambda it=launched: name in it.workers(), f"worker {name}")  # type: ignore[misc]
+            pid = launched.workers()[name]
+            time.sleep(step * 0.02)  # any moment will do
+            os.kill(pid, signal.SIGKILL)
+            code, _out, err = launched.end()
+
+        assert (code, err) == (1, f"lgmp: worker {name} (pid {pid}) was killed by SIGKILL\n")
+    assert namespace.queues() == []
+
+
+def test_a_failure_to_start_leaves_no_queue(namespace: Namespace, disks: list[str]) -> None:
+    with Launch("run", MEM, "/dev/null", *disks, prefix=namespace.prefix) as launched:
+        assert launched.end()[0] == 1
+    with Launch("run", MEM, GUEST, *disks, "--initrd", "/nowhere", prefix=namespace.prefix) as launched:
+        assert launched.end()[0] == 1
+
+    assert namespace.queues() == []
