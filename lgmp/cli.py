@@ -269,7 +269,7 @@ def _demo(words: Sequence[str]) -> int:
     ).parse_args(words)
     from lgmp.demo import demo  # noqa: PLC0415
 
-    return demo()
+    return finish(demo())
 
 
 def _doctor(words: Sequence[str]) -> int:

@@ -7,16 +7,15 @@ import sys
 import tempfile
 from importlib import resources
 
-from lgmp.cli import finish
 from lgmp.devices import BlockOption
-from lgmp.launcher import GuestOptions, Running, launch
+from lgmp.launcher import End, GuestOptions, Running, launch
 
 _MEMORY_BYTES = 16 << 20
 _DISK_BYTES = 4 << 20
 
 
-def demo() -> int:
-    """Boot it; gives the exit status. On a terminal the guest has its prompt, else it checks itself and powers off."""
+def demo() -> End:
+    """Boot it; gives how that ended. On a terminal the guest has its prompt, else it checks itself and powers off."""
     interactive = os.isatty(0)
     arguments = () if interactive else ("selfcheck disk; poweroff",)
     with tempfile.TemporaryDirectory(prefix="lgmp-demo-") as directory:
@@ -32,8 +31,7 @@ def demo() -> int:
                 name="demo",
                 on_running=_show,
             )
-            end = launch(options)
-    return finish(end)
+            return launch(options)
 
 
 def _show(running: Running) -> None:

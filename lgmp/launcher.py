@@ -104,6 +104,8 @@ class Launch:
         self._stack = stack
         self._end: End | None = None
         self._host: hosts.Host | None = None
+        # Of each ring, by device index and queue number: where its avail.flags are (guest-physical), and its interrupt.
+        self._rings: dict[tuple[int, int], tuple[int, int]] = {}
         # The ending signals that came, whether or not there was still somebody to end the guest for them.
         self.signals: list[int] = []
         self._name = options.name or f"{os.path.basename(options.kernel)}-{os.getpid()}"
@@ -153,6 +155,10 @@ class Launch:
         if self._end is None or end.code != EXIT_POWERED_OFF:
             self._end = end
         supervisor.stop(self._end.patience)
+        for number in self.signals:
+            # One that was sent to all of us, as timeout(1) does, may have found a worker first.
+            if number in supervisor.killed_by and self._end.code == EXIT_FAILED:
+                return End(128 + number)
         return self._end
 
     def _add_devices(self, bus: LguestBus, models: Sequence[Model], terminal: RawTerminal | None) -> None:
@@ -175,6 +181,9 @@ class Launch:
 
     def _start(self, device: BusDevice, specification: WorkerSpecification) -> None:
         worker = self._supervisor.start(device, specification)
+        for number, queue in enumerate(device.queues):
+            avail = VringLayout.legacy(queue.num, queue.address).avail
+            self._rings[device.index, number] = (avail, queue.irq)
         self._say(f"device {device.index}: {device.name} pid={worker.process.pid}")
         for number, queue in enumerate(device.queues):
             self._say(f"virtqueue {device.name}.{number}: irq={queue.irq} page={queue.pfn << 12:#x} num={queue.num}")
@@ -251,14 +260,12 @@ class Launch:
 
     def _send_interrupts(self, host: hosts.Host) -> None:
         """Interrupts for the rings that got used elements, decided here, where the guest stands still."""
-        used = self._supervisor.used
+        used, view = self._supervisor.used, self._memory.view
         while used:
             index, number = used.pop()
-            queue = self._bus.devices[index].queues[number]
-            avail = VringLayout.legacy(queue.num, queue.address).avail
-            flags = int.from_bytes(self._memory.view[avail : avail + 2], "little")
-            if not flags & ids.VRING_AVAIL_F_NO_INTERRUPT:
-                host.irq(queue.irq)
+            avail, irq = self._rings[index, number]
+            if not view[avail] & ids.VRING_AVAIL_F_NO_INTERRUPT:
+                host.irq(irq)
 
     def _worker_of(self, device: BusDevice) -> Worker:
         return self._supervisor.workers[device.index]

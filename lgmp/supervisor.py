@@ -125,6 +125,8 @@ class Supervisor:
         self.workers: list[Worker] = []
         # Which rings got used elements since the guest's thread looked: (device index, queue number).
         self.used: set[tuple[int, int]] = set()
+        # The numbers of the signals that workers were killed by.
+        self.killed_by: set[int] = set()
         self._completions = Mailbox.create(
             queue_name(os.getpid(), "done"), COMPLETION_MESSAGES, COMPLETION_MESSAGE_BYTES
         )
@@ -301,6 +303,8 @@ class Supervisor:
         self._take_completions()
         worker.mailbox.unlink()
         worker.ended.set()
+        if worker.process.returncode and worker.process.returncode < 0:
+            self.killed_by.add(-worker.process.returncode)
         if not self._stopping:
             self._on_failure(worker.describe_end())
         elif worker.process.returncode and worker.failure is not None:

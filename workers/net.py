@@ -41,6 +41,9 @@ if TYPE_CHECKING:
         def accept(self, features: int) -> None:
             """Hand out no frames but such as a driver can take that accepted `features`."""
 
+        def fill(self) -> None:
+            """The link is readable: read, if that is not done for each frame."""
+
         def receive(self, segments: list[memoryview], room: int) -> int:
             """Take a frame into `segments`, which have `room` bytes; may change the list.
 
@@ -50,6 +53,9 @@ if TYPE_CHECKING:
 
         def send(self, segments: list[memoryview]) -> bool:
             """Send a frame; False where it has to wait until the link is writable. DroppedError: it is lost."""
+
+        def flush(self) -> bool:
+            """Go on with a frame that was sent in part; False where some of it has to wait until the link is writable."""
 
         def forget(self) -> None:
             """The device was reset: lose the frames that wait."""
@@ -95,6 +101,9 @@ class Tap:
         if self._has_header:
             fcntl.ioctl(self.fd, TUNSETOFFLOAD, self._offloads)
 
+    def fill(self) -> None:
+        """A tap is read frame by frame."""
+
     def receive(self, segments: list[memoryview], room: int) -> int:
         """One readv. A byte beyond the buffer tells a frame that fits from one of which the tap lost the rest."""
         segments.append(self._beyond)
@@ -136,6 +145,10 @@ class Tap:
             if error.errno == errno.EBADFD:
                 raise
             raise DroppedError(_not_taken(error)) from error
+        return True
+
+    def flush(self) -> bool:
+        """A tap takes a frame or does not."""
         return True
 
     def forget(self) -> None:
@@ -187,30 +200,29 @@ class Stream:
             raise OSError(errno.EPROTO, f"it sent a frame of {length} bytes")
         return length if have >= _LENGTH_BYTES + length else None
 
-    def _fill(self) -> bool:
-        """Read what fits; False where there is nothing now."""
+    def fill(self) -> None:
+        """Read what there is and has room here, once."""
         if self._start == self._end:
             self._start = self._end = 0
-        elif self._start > _STREAM_BYTES // 2:
+        elif self._start > _STREAM_BYTES // 2 or self._end == _STREAM_BYTES:
             rest = bytes(self._view[self._start : self._end])
             self._view[: len(rest)] = rest
             self._start, self._end = 0, len(rest)
+        if self._end == _STREAM_BYTES:
+            return
         try:
             count = _readv(self.fd, [self._view[self._end :]])
         except (BlockingIOError, InterruptedError):
-            return False
+            return
         if not count:
             raise OSError(errno.ECONNRESET, "it has ended")
         self._end += count
-        return True
 
     def receive(self, segments: list[memoryview], room: int) -> int:
         """The next frame, copied from what was read."""
         length = self._next()
-        while length is None:
-            if not self._fill():
-                return NOTHING
-            length = self._next()
+        if length is None:
+            return NOTHING
         begin = self._start + _LENGTH_BYTES
         self._start = begin + length
         if HEADER_BYTES + length <= room:
@@ -220,7 +232,7 @@ class Stream:
 
     def send(self, segments: list[memoryview]) -> bool:
         """Send the frame, or begin to: what does not go now is kept, and goes first."""
-        if not self._flush():
+        if not self.flush():
             return False
         segments = skip(segments, HEADER_BYTES)
         length = sum(map(len, segments))
@@ -237,7 +249,8 @@ class Stream:
                 self._rest += segment
         return True
 
-    def _flush(self) -> bool:
+    def flush(self) -> bool:
+        """Write what is left of the frame before."""
         try:
             while self._rest:
                 del self._rest[: os.write(self.fd, self._rest)]
@@ -358,6 +371,7 @@ class Net(Device):
             for _ in range(BATCH):
                 chain = self._waiting or self._pop_frame(pop())
                 if chain is None:
+                    self._blocked = not self._flush()
                     return False
                 head, segments = chain
                 self._waiting = chain
@@ -376,6 +390,13 @@ class Net(Device):
         finally:
             if used:
                 self.notifier.used(TRANSMIT_QUEUE)
+
+    def _flush(self) -> bool:
+        try:
+            return not self._open or self._link.flush()
+        except OSError as error:
+            self._cut(error)
+            return True
 
     def _pop_frame(
         self, chain: tuple[int, list[memoryview], list[memoryview]] | None
@@ -413,9 +434,16 @@ class Net(Device):
         return ((self._link.fd, events),) if events else ()
 
     def ready(self, descriptor: int, events: int) -> None:  # noqa: ARG002
-        """Move a batch in each direction that is ready."""
+        """Move a batch in each direction that is ready, from a stream what one read of it gives."""
         if events & ~select.POLLOUT and self._wants_frames():
+            try:
+                self._link.fill()
+            except OSError as error:
+                self._cut(error)
             self._receive()
+            # What was read and is not handed over now would be forgotten: nothing tells of it.
+            while self._wants_frames() and self._link_has_frames():
+                self._receive()
         if events & ~select.POLLIN and self._blocked:
             self._blocked = False
             # More to send than fits a batch is the same as having to wait: messages come first.
