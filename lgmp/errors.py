@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import sys
 
+# What each line begins with: the command that the user gave, "lgmp" or "lguest". Workers are told by --program.
+program = "lgmp"
+
 
 class LgmpError(Exception):
     """A condition the user can understand and mend.
 
-    The command line prints it as one line, `lgmp: <message>`, and exits with 1; it never becomes a
+    The command line prints it as one line, `<program>: <message>`, and exits with 1; it never becomes a
     traceback. The message therefore says what is wrong and, where there is one, what to do about it.
     """
 
@@ -22,4 +25,4 @@ def say(text: str) -> None:
     """One line to the user on stderr, with nothing in it that a terminal would obey. Never raises."""
     line = "".join(character if character.isprintable() else f"\\x{ord(character):02x}" for character in text)
     with contextlib.suppress(OSError):  # stderr may be gone
-        print(f"lgmp: {line}", file=sys.stderr, flush=True)
+        print(f"{program}: {line}", file=sys.stderr, flush=True)

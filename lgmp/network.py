@@ -22,6 +22,7 @@ import struct
 import subprocess
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Self
 
 from lgmp import tap
 from lgmp.errors import LgmpError
@@ -101,7 +102,7 @@ class Network:
         self.worker_options = worker_options
         self.descriptor = descriptor
 
-    def __enter__(self) -> Network:
+    def __enter__(self) -> Self:
         """Nothing more to do."""
         return self
 

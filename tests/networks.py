@@ -79,7 +79,7 @@ class Namespace:
         with self.entered():
             return sorted(name for _, name in socket.if_nameindex() if name != "lo")
 
-    def socket(self, family: int, kind: int, protocol: int = 0) -> socket.socket:
+    def open_socket(self, family: int, kind: int, protocol: int = 0) -> socket.socket:
         """A socket in the namespace."""
         with self.entered():
             made = socket.socket(family, kind, protocol)
@@ -88,7 +88,7 @@ class Namespace:
 
     def wire(self, interface: str) -> socket.socket:
         """A raw socket that sends and takes the frames of an interface."""
-        made = self.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL))
+        made = self.open_socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL))
         made.bind((interface, ETH_P_ALL))
         return made
 
@@ -208,10 +208,7 @@ class KernelGuest:
         poll.register(completions.fileno(), select.POLLIN)
         poll.register(self._stop, select.POLLIN)
         while True:
-            if self._free:
-                poll.register(self._fd, select.POLLIN)
-            else:
-                poll.unregister(self._fd)
+            poll.register(self._fd, select.POLLIN if self._free else 0)
             ready = {descriptor for descriptor, _ in poll.poll()}
             if self._stop in ready:
                 return

@@ -210,6 +210,33 @@ def test_an_indirect_table_need_not_be_aligned(driver: Driver) -> None:
     assert [[len(segment) for segment in part] for part in chain[1:]] == [[5, 6], [7]]
 
 
+def test_a_chain_that_leaves_the_row_is_followed(driver: Driver) -> None:
+    """What lies behind the second descriptor looks as if it were the third, and is not."""
+    (queue,) = driver.device_queues()
+    ring = driver.queues[0]
+    ring.set_descriptor(0, 0x1000, 16, NEXT, 1)
+    ring.set_descriptor(1, 0x2000, 512, NEXT | WRITE, 6)
+    ring.set_descriptor(2, 0x3000, 1, WRITE, 0)
+    ring.set_descriptor(6, 0x4000, 1, WRITE, 0)
+    ring.offer(0)
+    view = driver.memory.view
+    assert queue.pop() == (0, [view[0x1000:0x1010]], [view[0x2000:0x2200], view[0x4000:0x4001]])
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_each_of_three_may_end_with_guest_memory_and_not_a_byte_later(driver: Driver, which: int) -> None:
+    (queue,) = driver.device_queues()
+    end = limit_of(driver)
+    buffers = [Buffer(0, 16), Buffer(0, 16, True), Buffer(0, 16, True)]
+    buffers[which] = Buffer(end - 16, 16, buffers[which].writable)
+    driver.queues[0].add(buffers)
+    assert queue.pop() is not None
+    buffers[which] = Buffer(end - 15, 16, buffers[which].writable)
+    driver.queues[0].add(buffers)
+    with pytest.raises(RingError, match="Invalid address"):
+        queue.pop()
+
+
 # What is given back
 
 

@@ -11,6 +11,7 @@ import os
 import sys
 from time import monotonic
 
+from lgmp import errors
 from lgmp.errors import LgmpError
 from lgmp.virtio.ids import VIRTIO_RING_F_INDIRECT_DESC
 from lgmp.virtio.ring import RingError, Virtqueue
@@ -43,7 +44,8 @@ class RequestError(LgmpError):
 def say(text: str) -> None:
     """One line to the user on stderr. Never raises: a worker outlives its stderr."""
     try:  # noqa: SIM105  contextlib is costly to import
-        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"lgmp: {text}\n".encode(errors="replace"))
+        line = f"{errors.program}: {text}\n".encode(errors="replace")
+        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, line)
     except (OSError, ValueError):
         pass
 

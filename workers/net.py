@@ -55,7 +55,7 @@ if TYPE_CHECKING:
             """Send a frame; False where it has to wait until the link is writable. DroppedError: it is lost."""
 
         def flush(self) -> bool:
-            """Go on with a frame that was sent in part; False where some of it has to wait until the link is writable."""
+            """Go on with a frame that was sent in part; False where the rest waits until the link is writable."""
 
         def forget(self) -> None:
             """The device was reset: lose the frames that wait."""
