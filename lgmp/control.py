@@ -54,7 +54,10 @@ class ControlPage:
         self._words[_FEATURES_U64] = features
 
     def position(self, queue: int) -> memoryview:
-        """The two u16 of ring `queue`, [NEXT_AVAIL] and [NEXT_USED], as a live view. Raises IndexError past MAX_QUEUES."""
+        """The two u16 of ring `queue`, [NEXT_AVAIL] and [NEXT_USED], as a live view.
+
+        Raises IndexError past MAX_QUEUES.
+        """
         if not 0 <= queue < MAX_QUEUES:
             raise IndexError(f"queue {queue} of a device: at most {MAX_QUEUES} have a place in the control page")
         start = _QUEUES_OFFSET + queue * _QUEUE_BYTES

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import sys
+import os
 
 # What each line begins with: the command that the user gave, "lgmp" or "lguest". Workers are told by --program.
 program = "lgmp"
@@ -17,12 +17,8 @@ class LgmpError(Exception):
     """
 
 
-class GuestDied(LgmpError):
-    """The guest is dead, killed by the host for what it did or by its own hand; the message is the reason."""
-
-
 def say(text: str) -> None:
     """One line to the user on stderr, with nothing in it that a terminal would obey. Never raises."""
     line = "".join(character if character.isprintable() else f"\\x{ord(character):02x}" for character in text)
-    with contextlib.suppress(OSError):  # stderr may be gone
-        print(f"{program}: {line}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # stderr may be gone; it is not buffered, or it would fail again at exit
+        os.write(2, f"{program}: {line}\n".encode(errors="backslashreplace"))

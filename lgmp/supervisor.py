@@ -106,11 +106,12 @@ class Supervisor:
         guest_name: str,
         waker: Waker,
         *,
+        options: Sequence[str] = (),
         on_used: Callable[[], None],
         on_quit: Callable[[], None],
         on_failure: Callable[[str], None],
     ) -> None:
-        """Nothing runs yet. The three functions are called in the waker's thread.
+        """Nothing runs yet; `options` go to every worker. The three functions are called in the waker's thread.
 
         `on_used()`: there is something in `used`; `on_quit()`: the user asked for the end; `on_failure(text)`: a worker
         ended that should not have, or sent what makes no sense. Raises LgmpError where no message queue can be had.
@@ -118,6 +119,7 @@ class Supervisor:
         self._memory = memory
         self._guest_name = guest_name
         self._waker = waker
+        self._options = options
         self._on_used = on_used
         self._on_quit = on_quit
         self._on_failure = on_failure
@@ -167,6 +169,7 @@ class Supervisor:
             *("--completions", self._completions.name),
             *("--launcher", str(os.getpid())),
             *_queue_options(device),
+            *self._options,
             *specification.options,
         ]
         old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_BACK_WHILE_STARTING)

@@ -373,6 +373,25 @@ def test_three_interrupts_within_a_second_ask_for_the_end_and_reach_the_guest_to
     assert pipes.typed() == b"\x03\x03\x03"
 
 
+def test_what_the_terminal_answers_to_a_shell_between_interrupts_does_not_count_as_input(pipes: PipeRig) -> None:
+    pipes.offer_input(*[8] * 5)
+    for read in (b"\x03", b"\x1b[24;5R", b"\x03", b"\x1b[25;5R", b"\x03"):
+        assert pipes.recorder.quits == 0
+        pipes.type(read)
+        pipes.settle()
+        pipes.now += 0.1
+    assert pipes.recorder.quits == 1
+
+
+@pytest.mark.parametrize("key", [b"x", b"\x1b[A", b"\x1bR", b"\x1b[R"])
+def test_a_key_between_interrupts_starts_the_count_anew(pipes: PipeRig, key: bytes) -> None:
+    pipes.offer_input(*[8] * 4)
+    for read in (b"\x03", b"\x03", key, b"\x03"):
+        pipes.type(read)
+        pipes.settle()
+    assert pipes.recorder.quits == 0
+
+
 @pytest.mark.parametrize("live", [False, True])
 def test_three_interrupts_are_seen_when_the_guest_takes_no_input(terminal: TerminalRig, live: bool) -> None:
     if live:

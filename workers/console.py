@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from workers.runtime import Options
 
 INTERRUPT_KEY = b"\x03"
+# A terminal's answer to "where is the cursor" (ECMA-48's CPR, ESC [ row ; column R), which a shell in the guest may ask
+# at each prompt, so also after each ^C. Nobody typed it.
+LONGEST_REPORT = 16
 # "Within about a second": from the first of three to the last, in seconds.
 INTERRUPTS_WITHIN = 1.5
 # A pipe that poll(2) calls writable takes this much without waiting (PIPE_BUF).
@@ -151,14 +154,14 @@ class Console(Device):
             return
         if segments is None:
             self._ahead += ahead[:count]
-            first = bytes(ahead[:1])
+            read = bytes(ahead[: min(count, LONGEST_REPORT)])
         else:
-            first = bytes(segments[0][:1])
+            read = bytes(segments[0][: min(count, LONGEST_REPORT)])
         if self._buffer is not None:
             self._give_buffer(self._buffer[0], count)
-        if count == 1 and first == INTERRUPT_KEY:
+        if count == 1 and read == INTERRUPT_KEY:
             self._count_interrupt()
-        else:
+        elif not _is_cursor_report(read):
             self._interrupts.clear()
 
     def _count_interrupt(self) -> None:
@@ -332,6 +335,11 @@ def _make(options: Options) -> Device:
         except ValueError as error:
             raise LgmpError(f"--restore-termios: {error}") from error
     return Console(input_fd, output_fd, terminal=terminal)
+
+
+def _is_cursor_report(read: bytes) -> bool:
+    """Whether this is a cursor position report and nothing else."""
+    return read[:2] == b"\x1b[" and read[-1:] == b"R" and read[2:-1].replace(b";", b"").isdigit()
 
 
 def main() -> None:

@@ -43,7 +43,7 @@ class RequestError(LgmpError):
 
 def say(text: str) -> None:
     """One line to the user on stderr. Never raises: a worker outlives its stderr."""
-    try:  # noqa: SIM105  contextlib is costly to import
+    try:
         line = f"{errors.program}: {text}\n".encode(errors="replace")
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, line)
     except (OSError, ValueError):

@@ -17,6 +17,8 @@ import select
 import signal
 import sys
 
+from lgmp import errors
+from lgmp.confinement import Confinement
 from lgmp.control import ControlPage
 from lgmp.errors import LgmpError
 from lgmp.mailbox import COMPLETION_MESSAGE_BYTES, Mailbox, ToLauncher, ToWorker, pack, unlink, unpack
@@ -28,6 +30,8 @@ TYPE_CHECKING = False  # as typing's, which is costly to import
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from types import FrameType
+
+_libc = ctypes.CDLL(None)
 
 # linux/prctl.h
 PR_SET_PDEATHSIG = 1
@@ -50,6 +54,9 @@ _OPTIONS = {
     "mailbox=": "the message queue from the launcher",
     "completions=": "the message queue to the launcher",
     "launcher=": "the launcher's process id; without it, the parent's",
+    "program=": "what lines to the user begin with; without it, lgmp",
+    "chroot=": "the directory to be locked in, once all that is needed is open",
+    "user=": "UID:GID[:GROUP...], who to be from then on",
     "queue=": "NUM:DESC:AVAIL:USED, once for each ring: its size and the guest addresses of its parts",
 }
 _REQUIRED = ("name", "device", "memory-fd", "ram", "control-fd", "mailbox", "completions", "queue")
@@ -77,6 +84,8 @@ class Options:
             raise LgmpError(f"missing {', '.join(missing)}; see --help")
         self._values = values
         self.own = {name: value for name, value in values.items() if name in own or f"{name}=" in own}
+        self.confinement = Confinement.from_options(values)
+        self.program = values.get("program", errors.program)
         self.name = values["name"]
         self.guest = values.get("guest", "")
         self.mailbox = values["mailbox"]
@@ -140,6 +149,14 @@ class Worker:
     def quit(self) -> None:
         """Tell the launcher that the user asked for the end of the guest."""
         self._tell(pack(ToLauncher.QUIT, self._index))
+
+    def confine(self, confinement: Confinement) -> None:
+        """Be locked in and drop the rights, before anything of the guest's was touched. Raises LgmpError."""
+        if confinement.user is not None:
+            # So that their names can still be taken away, should the launcher be killed now.
+            for mailbox in (self._mailbox, self._completions):
+                os.fchown(mailbox.fileno(), *confinement.user[:2])
+        confinement.enter()
 
     def ready(self) -> None:
         """Tell the launcher that the device is served from now on."""
@@ -242,11 +259,18 @@ def _run(kind: str, make: Callable[[Options], Device], own: dict[str, str]) -> i
     worker: Worker | None = None
     try:
         options = Options(sys.argv[1:], own)
+        errors.program = options.program
         _follow(options.launcher)
         device = make(options)
         worker = Worker(options, device)
-        worker.ready()
-        _set_title(title, options)
+        if options.confinement:
+            _set_title(title, options)  # where it comes from is out of reach afterwards
+            worker.confine(options.confinement)
+            _ask_for_death_signal(options.launcher)  # who changes his user is asked again
+            worker.ready()
+        else:
+            worker.ready()
+            _set_title(title, options)
         worker.serve()
     except LauncherGone:
         return 1
@@ -295,9 +319,14 @@ def _follow(launcher: int) -> None:
             raise LauncherGone
 
     signal.signal(LAUNCHER_DEATH_SIGNAL, launcher_died)
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(LAUNCHER_DEATH_SIGNAL), 0, 0, 0)
     # The launcher starts us with signals blocked, so that none finds us unprepared.
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    _ask_for_death_signal(launcher)
+
+
+def _ask_for_death_signal(launcher: int) -> None:
+    """Have the kernel tell us when the launcher ends. Raises LauncherGone where it has already."""
+    _libc.prctl(PR_SET_PDEATHSIG, int(LAUNCHER_DEATH_SIGNAL), 0, 0, 0)
     check_parent(launcher)
 
 
