@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from lgmp import __version__
 from lgmp.errors import LgmpError, say
-from lgmp.hosts.choice import HOSTS
+from lgmp.hosts.choice import GUEST_ABI_NAMES, HOSTS
 
 if TYPE_CHECKING:
     from lgmp.devices import DeviceOption
@@ -64,10 +64,15 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that `argv` (default: the process's own arguments) names; gives its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
+    return carry_out(lambda: _dispatch(words))
+
+
+def carry_out(command: Callable[[], int]) -> int:
+    """Run a command; gives its exit status, 1 and a line on stderr for what goes wrong."""
     try:
         _open_missing_stdio()
         try:
-            return _dispatch(words)
+            return command()
         finally:
             sys.stdout.flush()
     except LgmpError as error:
@@ -167,7 +172,7 @@ def run_parser() -> argparse.ArgumentParser:
         type=_net,
         action="append",
         metavar="user",
-        help="a network device without root: this machine is 10.0.2.2 to the guest, which is 10.0.2.15 (or asks by DHCP)",
+        help="a network device without root: the guest is 10.0.2.15 (DHCP says so too), this machine is 10.0.2.2 to it",
     )
     parser.add_argument(
         "--rng",
@@ -183,6 +188,16 @@ def run_parser() -> argparse.ArgumentParser:
         choices=HOSTS,
         default="auto",
         help="what runs the guest: the kernel's /dev/lguest (not yet) or the embedded host (default: what is there)",
+    )
+    parser.add_argument(
+        "--guest-abi",
+        choices=GUEST_ABI_NAMES,
+        default="auto",
+        help="how the guest speaks with its host: as kernels from that version on do (default: as its version says)",
+    )
+    parser.add_argument("--chroot", metavar="DIR", help="lock the workers in DIR, which may be empty; takes root")
+    parser.add_argument(
+        "--username", metavar="NAME", help="run the workers as the user NAME, with none of root's rights; takes root"
     )
     parser.add_argument("--name", help="what to call the guest in ps (default: the kernel's name and our process id)")
     parser.add_argument("-v", "--verbose", action="store_true", help="say what is laid out where, on stderr")
@@ -210,7 +225,10 @@ def _run(words: Sequence[str]) -> int:
         initrd=arguments.initrd,
         devices=tuple(arguments.devices),
         host=arguments.host,
+        guest_abi=arguments.guest_abi,
         name=name,
+        chroot=arguments.chroot,
+        username=arguments.username,
         verbose=arguments.verbose,
     )
     return finish(launch(options))
@@ -256,7 +274,10 @@ def finish(end: End) -> int:
         say(end.message)
     if end.reboot:
         # As every lguest launcher: the same process, the same arguments, from the start.
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+        try:
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+        except OSError as error:
+            raise LgmpError(f"Could not exec {sys.executable}: {error.strerror}") from error
     return end.code
 
 

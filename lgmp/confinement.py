@@ -41,6 +41,16 @@ class Confinement:
             _check_directory(directory)
         return cls(directory, None if username is None else _look_up(username))
 
+    def __str__(self) -> str:
+        """For --verbose."""
+        parts = []
+        if self.user is not None:
+            uid, gid, groups = self.user
+            parts += [f"uid={uid}", f"gid={gid}", f"groups={','.join(map(str, groups))}"]
+        if self.directory is not None:
+            parts.append(f"chroot={self.directory}")
+        return " ".join(parts)
+
     def options(self) -> list[str]:
         """As options for a worker."""
         options = []

@@ -11,15 +11,18 @@ import os
 import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
 from lgmp.disk import Disk
 from lgmp.errors import LgmpError
-from lgmp.network import NetworkOption, TapOption, UserOption, open_network
 from lgmp.supervisor import WorkerSpecification
 from lgmp.virtio import block, ids, net, rng
 
 # Where random bytes come from unless the user says otherwise.
 RANDOM = "/dev/urandom"
+
+if TYPE_CHECKING:
+    from lgmp.network import NetworkOption
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +40,12 @@ class RngOption:
     path: str = RANDOM
 
 
-DeviceOption = BlockOption | TapOption | UserOption | RngOption
+DeviceOption: TypeAlias = "BlockOption | RngOption | NetworkOption"
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A device before it is on the bus. `on_started` is to be called once its worker runs."""
+    """A device before it is on the bus. `on_started` is to be called once its worker runs, `details` are for people."""
 
     name: str
     device_type: int
@@ -51,30 +54,26 @@ class Model:
     config: bytes
     specification: WorkerSpecification
     on_started: Callable[[], None] = lambda: None
+    details: str = ""
 
 
 def open_devices(options: Sequence[DeviceOption], stack: contextlib.ExitStack) -> list[Model]:
     """Open what the devices stand on, in their order; `stack` closes it. Raises LgmpError, with the remedy."""
     models: list[Model] = []
     for option in options:
-        kind = _KINDS[type(option)]
+        kind = _KINDS.get(type(option), ids.VIRTIO_ID_NET)
         number = sum(model.device_type == kind for model in models)
         match option:
             case BlockOption():
                 models.append(_block(option, number, stack))
-            case TapOption() | UserOption():
-                models.append(_net(option, number, stack))
             case RngOption():
                 models.append(_rng(option, number, stack))
+            case _:
+                models.append(_net(option, number, stack))
     return models
 
 
-_KINDS = {
-    BlockOption: ids.VIRTIO_ID_BLOCK,
-    TapOption: ids.VIRTIO_ID_NET,
-    UserOption: ids.VIRTIO_ID_NET,
-    RngOption: ids.VIRTIO_ID_RNG,
-}
+_KINDS: dict[type, int] = {BlockOption: ids.VIRTIO_ID_BLOCK, RngOption: ids.VIRTIO_ID_RNG}
 
 
 def _block(option: BlockOption, number: int, stack: contextlib.ExitStack) -> Model:
@@ -91,10 +90,13 @@ def _block(option: BlockOption, number: int, stack: contextlib.ExitStack) -> Mod
             (*read_only, "--disk-fd", str(disk.descriptor), "--", disk.path),
             (disk.descriptor,),
         ),
+        details=f"sectors={disk.sectors} file={disk.path}",
     )
 
 
 def _net(option: NetworkOption, number: int, stack: contextlib.ExitStack) -> Model:
+    from lgmp.network import format_mac, open_network  # noqa: PLC0415  only who has a network is to wait for its modules
+
     network = stack.enter_context(open_network(option, number))
     return Model(
         f"eth{number}",
@@ -104,6 +106,7 @@ def _net(option: NetworkOption, number: int, stack: contextlib.ExitStack) -> Mod
         net.config_space(network.mac),
         WorkerSpecification("workers.net", (*network.worker_options, "--", network.title), (network.descriptor,)),
         network.handed_over,
+        details=f"mac={format_mac(network.mac)} net={network.title}",
     )
 
 
@@ -117,6 +120,7 @@ def _rng(option: RngOption, number: int, stack: contextlib.ExitStack) -> Model:
         rng.features(),
         b"",
         WorkerSpecification("workers.rng", ("--source-fd", str(descriptor), "--", option.path), (descriptor,)),
+        details=f"file={option.path}",
     )
 
 
@@ -126,9 +130,11 @@ def _open_random(path: str) -> int:
         # Not blocking: a FIFO would otherwise wait for its other end, and a guest for that.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     except OSError as error:
-        raise LgmpError(f"cannot open {path} for random bytes: {error.strerror}; {RANDOM} is always there") from error
+        raise LgmpError(
+            f"Failed to open {path}: {error.strerror}; for random bytes, {RANDOM} is always there"
+        ) from error
     except ValueError as error:
-        raise LgmpError(f"cannot open {path!r} for random bytes: {error}") from error
+        raise LgmpError(f"Failed to open {path!r}: {error}") from error
     if stat.S_ISDIR(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise LgmpError(f"{path} is a directory: it has no random bytes; {RANDOM} has")

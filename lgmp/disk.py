@@ -30,9 +30,9 @@ class Disk:
             descriptor = os.open(path, flags)
         except (PermissionError, OSError) as error:
             hint = f"; to let the guest only read it, use --block {path},ro" if _writable_is_the_problem(path) else ""
-            raise LgmpError(f"cannot open the disk {path}: {error.strerror}{hint}") from error
+            raise LgmpError(f"Failed to open {path}: {error.strerror}{hint}") from error
         except ValueError as error:
-            raise LgmpError(f"cannot open the disk {path!r}: {error}") from error
+            raise LgmpError(f"Failed to open {path!r}: {error}") from error
         kind = os.fstat(descriptor).st_mode
         if not (stat.S_ISREG(kind) or stat.S_ISBLK(kind)):
             os.close(descriptor)

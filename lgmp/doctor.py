@@ -6,6 +6,7 @@ import contextlib
 import os
 import platform
 import resource
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,9 +16,10 @@ from lgmp.errors import LgmpError
 from lgmp.hosts.choice import LGUEST_DEVICE
 from lgmp.mailbox import MAILBOX_MESSAGE_BYTES, MAILBOX_MESSAGES, MQUEUE_DIRECTORY, Mailbox, queue_name
 from lgmp.memory import GuestMemory
+from lgmp.network import PASST
+from lgmp.tap import TUN_DEVICE
 
 _MQUEUE_LIMITS = Path("/proc/sys/fs/mqueue")
-_TUN_DEVICE = "/dev/net/tun"
 # What the kernel counts for a queue besides its messages' bytes: mq_overview(7), RLIMIT_MSGQUEUE in getrlimit(2).
 _BYTES_PER_MESSAGE = 8 + 48
 
@@ -76,14 +78,34 @@ def examine() -> Iterator[Finding]:
         f"{MQUEUE_DIRECTORY} is {'' if mounted else 'not '}mounted",
         "only what a killed launch left behind is swept by it: mount -t mqueue none /dev/mqueue",
     )
-    yield Finding(
-        "network device",
-        os.access(_TUN_DEVICE, os.R_OK | os.W_OK),
-        f"{_TUN_DEVICE} " + ("can be opened" if os.access(_TUN_DEVICE, os.R_OK | os.W_OK) else "cannot be opened"),
-        "lgmp has no network devices yet, nothing to do",
-    )
+    yield from _networks()
     cores = len(os.sched_getaffinity(0))
     yield Finding("processors", cores > 1, f"{cores} usable", "guests and their devices take turns on one")
+
+
+def _networks() -> Iterator[Finding]:
+    opens = os.access(TUN_DEVICE, os.R_OK | os.W_OK)
+    allowed = _may_administer_networks()
+    yield Finding(
+        "network device",
+        opens and allowed,
+        f"{TUN_DEVICE} {'can' if opens else 'cannot'} be opened, taps {'can' if allowed else 'cannot'} be made",
+        "modprobe tun, and be root (CAP_NET_ADMIN)" if allowed else "only root has them; --net user needs no rights",
+    )
+    found = shutil.which(PASST)
+    yield Finding(
+        "network without root", found is not None, found or "no passt", "--net user needs it: apt-get install passt"
+    )
+
+
+def _may_administer_networks() -> bool:
+    """Whether we have CAP_NET_ADMIN (bit 12, linux/capability.h)."""
+    with contextlib.suppress(OSError, ValueError), open("/proc/self/status") as file:
+        for line in file:
+            name, _, value = line.partition(":")
+            if name == "CapEff":
+                return bool(int(value, 16) >> 12 & 1)
+    return False
 
 
 def _try(what: str, found: str, attempt: Callable[[], None]) -> Finding:

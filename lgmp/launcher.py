@@ -15,14 +15,16 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from lgmp import hosts
+from lgmp import errors, hosts
 from lgmp.bus import BusDevice, LguestBus, QueueNotify, StatusNotify, vring_pages
+from lgmp.confinement import Confinement
 from lgmp.devices import DeviceOption, Model, open_devices
 from lgmp.errors import say
 from lgmp.hosts import choice
-from lgmp.loader import LoadedGuest, load_guest
+from lgmp.hosts.embedded.abi import GuestAbi
+from lgmp.loader import LoadedGuest, load_guest, map_memory
 from lgmp.mailbox import sweep_stale_queues
-from lgmp.memory import GuestMemory
+from lgmp.memory import PAGE_SIZE, GuestMemory
 from lgmp.supervisor import Supervisor, Worker, WorkerSpecification
 from lgmp.terminal import RawTerminal
 from lgmp.virtio import console as virtio_console
@@ -33,6 +35,9 @@ from lgmp.waker import Waker
 EXIT_POWERED_OFF = 0
 EXIT_FAILED = 1
 EXIT_QUIT = 2
+
+# What --verbose calls the page tables that a guest starts with; the host makes them where the launcher does not.
+PAGE_TABLES = "page tables"
 
 # What a guest's power-off looks like to its host (LHCALL_SHUTDOWN with this text); any other text is a crash.
 POWER_DOWN = "CRASH: Power down"
@@ -50,7 +55,8 @@ _ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 class GuestOptions:
     """What to launch.
 
-    `memory_bytes` is RAM in bytes, whole pages; `on_running` is called before the guest's first instruction.
+    `memory_bytes` is RAM in bytes, whole pages; `chroot` and `username` are for the workers; `on_running` is called
+    before the guest's first instruction.
     """
 
     memory_bytes: int
@@ -59,7 +65,10 @@ class GuestOptions:
     initrd: str | None = None
     devices: tuple[DeviceOption, ...] = ()
     host: str = "auto"
+    guest_abi: str = "auto"
     name: str | None = None
+    chroot: str | None = None
+    username: str | None = None
     verbose: bool = False
     on_running: Callable[[Running], None] | None = None
 
@@ -106,6 +115,10 @@ class Launch:
         self._host: hosts.Host | None = None
         # Of each ring, by device index and queue number: where its avail.flags are (guest-physical), and its interrupt.
         self._rings: dict[tuple[int, int], tuple[int, int]] = {}
+        # The devices, by index, whose drivers --verbose has told of since they were reset.
+        self._announced: set[int] = set()
+        # Whether a guest notifies a device's descriptor for any status that it writes, not only to reset the device.
+        self._status_notify = True
         # The ending signals that came, whether or not there was still somebody to end the guest for them.
         self.signals: list[int] = []
         self._name = options.name or f"{os.path.basename(options.kernel)}-{os.getpid()}"
@@ -115,6 +128,7 @@ class Launch:
         """Build the guest, run it, take it down."""
         options, stack = self._options, self._stack
         kind = choice.choose(options.host)
+        confinement = Confinement.check(options.chroot, options.username)
         sweep_stale_queues()
         models = open_devices(options.devices, stack)
         memory = stack.enter_context(GuestMemory.create(options.memory_bytes, _device_pages(models)))
@@ -127,6 +141,7 @@ class Launch:
             memory,
             self._name,
             waker,
+            options=("--program", errors.program, *confinement.options()),
             on_used=self._break_in,
             on_quit=lambda: self._finish(End(EXIT_QUIT, patience=_PATIENCE)),
             on_failure=self._fail,
@@ -141,8 +156,13 @@ class Launch:
         self._add_devices(bus, models, terminal)
         _set_title(f"lgmp: {os.path.basename(options.kernel)} {options.memory_bytes >> 20}M ({self._name})")
         loaded = load_guest(memory, options.kernel, options.initrd, options.arguments)
-        self._describe(bus, loaded, kind)
-        host = choice.make(kind, memory, bus.guest_limit, loaded.entry)
+        guest_abi = choice.choose_abi(options.guest_abi, loaded.linux_version, options.kernel)
+        directory = map_memory(memory, loaded) if guest_abi.starts_paged else None
+        self._status_notify = guest_abi.status_notify
+        self._describe(bus, loaded, kind, guest_abi)
+        if confinement:
+            self._say(f"workers: {confinement}")
+        host = choice.make(kind, memory, bus.guest_limit, loaded.entry, guest_abi, directory)
         self._host = host
         stack.callback(host.close)
         waker.start()
@@ -171,27 +191,36 @@ class Launch:
                 model.features,
                 model.config,
             )
-            self._start(device, model.specification)
+            self._start(device, model.specification, model.details)
             model.on_started()
         device = bus.add_device(
             ids.VIRTIO_ID_CONSOLE, "console", [ids.VIRTQUEUE_NUM, ids.VIRTQUEUE_NUM], virtio_console.features(), b""
         )
         restore = ("--restore-termios", terminal.to_argument()) if terminal else ()
-        self._start(device, WorkerSpecification("workers.console", restore, has_terminal=True))
+        self._start(device, WorkerSpecification("workers.console", restore, has_terminal=True), "")
 
-    def _start(self, device: BusDevice, specification: WorkerSpecification) -> None:
+    def _start(self, device: BusDevice, specification: WorkerSpecification, details: str) -> None:
         worker = self._supervisor.start(device, specification)
         for number, queue in enumerate(device.queues):
             avail = VringLayout.legacy(queue.num, queue.address).avail
             self._rings[device.index, number] = (avail, queue.irq)
-        self._say(f"device {device.index}: {device.name} pid={worker.process.pid}")
+        kind = specification.module.removeprefix("workers.")
+        self._say(f"device {device.index}: {device.name} type={kind} pid={worker.process.pid} {details}".rstrip())
         for number, queue in enumerate(device.queues):
             self._say(f"virtqueue {device.name}.{number}: irq={queue.irq} page={queue.pfn << 12:#x} num={queue.num}")
 
-    def _describe(self, bus: LguestBus, loaded: LoadedGuest, kind: str) -> None:
-        for what, address, size in loaded.segments:
+    def _describe(self, bus: LguestBus, loaded: LoadedGuest, kind: str, guest_abi: GuestAbi) -> None:
+        """Say what is where in guest memory: one line each, numbers as NAME=0xHEX."""
+        ram = self._memory.ram_bytes
+        parts = [("RAM", 0, ram), *loaded.segments, ("descriptor page", ram, PAGE_SIZE)]
+        for what, address, size in parts:
             self._say(f"{what}: address={address:#x} size={size:#x}")
-        self._say(f"guest {self._name}: memory=0x0-{bus.guest_limit:#x} entry={loaded.entry:#x} host={kind}")
+        if not any(segment.what == PAGE_TABLES for segment in loaded.segments):
+            self._say(f"{PAGE_TABLES}: made by the host")
+        self._say(
+            f"guest {self._name}: memory=0x0-{bus.guest_limit:#x} entry={loaded.entry:#x} host={kind} "
+            f"abi={guest_abi.name}"
+        )
 
     def _run_guest(self, host: hosts.Host) -> End:
         while True:
@@ -219,18 +248,31 @@ class Launch:
                 if target.device.status == 0:
                     say(f"{target.device.name} gave early output")
                     return
-                self._supervisor.kick(self._worker_of(target.device))
+                worker = self._worker_of(target.device)
+                self._supervisor.kick(worker)
+                if self._options.verbose:
+                    self._announce_driver(worker.device)
             case StatusNotify():
                 worker = self._worker_of(target.device)
-                if target.device.status == 0:
+                if target.device.status == 0 or not self._status_notify:
                     self._reset(worker)
                 else:
                     self._supervisor.negotiated(worker)
+                    if target.device.status & ids.VIRTIO_CONFIG_S_DRIVER_OK:
+                        self._announce_driver(worker.device)
             case None:
                 self._early_console(address)
 
+    def _announce_driver(self, device: BusDevice) -> None:
+        """Say, once until the next reset, what a driver made of its device."""
+        if device.index not in self._announced:
+            self._announced.add(device.index)
+            features = f"offered={device.features:#x} accepted={device.accepted_features:#x}"
+            self._say(f"device {device.index}: {device.name} driver {features}")
+
     def _reset(self, worker: Worker) -> None:
         self._say(f"device {worker.device.index}: {worker.device.name} reset")
+        self._announced.discard(worker.device.index)
         if self._supervisor.reset(worker, give_up=lambda: self._end is not None):
             worker.device.reset()
 

@@ -70,6 +70,8 @@ class TapOption:
         """
         if text.startswith(_BRIDGE_PREFIX):
             name, colon, mac = text.removeprefix(_BRIDGE_PREFIX).partition(":")
+            if not name:
+                raise LgmpError(f"--tunnet {text}: must specify bridge name; {_SYNTAX}")
             if not _can_be_interface(name):
                 raise LgmpError(f"--tunnet {text}: {name!r} cannot be the name of a bridge; {_SYNTAX}")
             return cls(bridge=name, mac=_parse_mac(text, mac) if colon else None)
@@ -153,7 +155,8 @@ def format_mac(mac: bytes) -> str:
 def _parse_mac(text: str, mac: str) -> bytes:
     if not _MAC.fullmatch(mac):
         raise LgmpError(
-            f"--tunnet {text}: {mac!r} is not a MAC address: six bytes in hexadecimal, for example 02:00:00:00:00:01"
+            f"--tunnet {text}: Failed to parse mac address '{mac}': it is six bytes in hexadecimal, "
+            "for example 02:00:00:00:00:01"
         )
     parsed = bytes(int(field, 16) for field in mac.split(":"))
     if parsed[0] & 1 or not any(parsed):
@@ -169,7 +172,7 @@ def _parse_address(text: str, address: str) -> ipaddress.IPv4Interface:
     try:
         ip = ipaddress.IPv4Address(plain)
     except ValueError as error:
-        raise LgmpError(f"--tunnet {text}: {error}; {_SYNTAX}") from error
+        raise LgmpError(f"--tunnet {text}: Failed to parse IP address '{plain}': {error}; {_SYNTAX}") from error
     if not slash:
         first = int(ip) >> 24
         prefix = "8" if first < 128 else "16" if first < 192 else "24"
@@ -223,14 +226,14 @@ def _open_tun() -> int:
         return os.open(tap.TUN_DEVICE, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError as error:
         raise LgmpError(
-            f"there is no {tap.TUN_DEVICE}: modprobe tun as root makes it, in a container it has to be let in; "
-            "or use --net user"
+            f"Failed to open {tap.TUN_DEVICE}: {error.strerror}; modprobe tun as root makes it, "
+            "in a container it has to be let in; or use --net user"
         ) from error
     except PermissionError as error:
-        raise LgmpError(f"no permission to open {tap.TUN_DEVICE}: {_NO_RIGHT}") from error
+        raise LgmpError(f"Failed to open {tap.TUN_DEVICE}: {error.strerror}; {_NO_RIGHT}") from error
     except OSError as error:
         remedy = "modprobe tun as root" if error.errno in (errno.ENODEV, errno.ENXIO) else "--net user needs none"
-        raise LgmpError(f"cannot open {tap.TUN_DEVICE}: {error.strerror}; {remedy}") from error
+        raise LgmpError(f"Failed to open {tap.TUN_DEVICE}: {error.strerror}; {remedy}") from error
 
 
 def _make_tap(descriptor: int) -> tuple[str, bool]:
@@ -249,9 +252,11 @@ def _make_tap(descriptor: int) -> tuple[str, bool]:
         if has_header:
             fcntl.ioctl(descriptor, tap.TUNSETVNETHDRSZ, HEADER_BYTES.to_bytes(4, "little"))
     except PermissionError as error:
-        raise LgmpError(f"no permission to make a tap (that takes CAP_NET_ADMIN): {_NO_RIGHT}") from error
+        raise LgmpError(
+            f"configuring {tap.TUN_DEVICE}: {error.strerror}; a tap takes CAP_NET_ADMIN: {_NO_RIGHT}"
+        ) from error
     except OSError as error:
-        raise LgmpError(f"cannot make a tap: {error.strerror}") from error
+        raise LgmpError(f"configuring {tap.TUN_DEVICE}: {error.strerror}") from error
     return request[:IFNAMSIZ].rstrip(b"\0").decode(), has_header
 
 
@@ -286,8 +291,8 @@ def _set_up(name: str, option: TapOption, mac: bytes) -> None:
             index = socket.if_nametoindex(name)
             route.link("set", index=index, address=format_mac(mac))
             if option.bridge is not None:
-                what = f"add a tap to the bridge {option.bridge}"
-                route.link("set", index=index, master=_find_bridge(route, option.bridge))
+                what = f"add {name} to bridge {option.bridge}"
+                route.link("set", index=index, master=_find_bridge(route, name, option.bridge))
             if option.address is not None:
                 what = f"give a tap the address {option.address}"
                 network = option.address.network
@@ -303,18 +308,22 @@ def _set_up(name: str, option: TapOption, mac: bytes) -> None:
         raise LgmpError(f"cannot {what}: {error.strerror or error}") from error
 
 
-def _find_bridge(route: object, name: str) -> int:
-    """The index of the bridge. Raises LgmpError where there is none."""
+def _find_bridge(route: object, port: str, name: str) -> int:
+    """The index of the bridge that `port` is to join. Raises LgmpError where there is none."""
     try:
         index = socket.if_nametoindex(name)
     except OSError as error:
         raise LgmpError(
-            f"there is no bridge {name}: ip link add {name} type bridge && ip link set {name} up, as root, makes it"
+            f"can't add {port} to bridge {name}: there is none; "
+            f"ip link add {name} type bridge && ip link set {name} up, as root, makes it"
         ) from error
     (link,) = route.get_links(index)  # type: ignore[attr-defined]
     info = link.get_attr("IFLA_LINKINFO")
     if info is None or info.get_attr("IFLA_INFO_KIND") != "bridge":
-        raise LgmpError(f"{name} is not a bridge: ip link show type bridge lists those that there are")
+        raise LgmpError(
+            f"can't add {port} to bridge {name}: it is not a bridge; "
+            "ip link show type bridge lists those that there are"
+        )
     return index
 
 

@@ -41,6 +41,7 @@ USER_STACK = 0x6000
 RESULTS = 0x7000
 HANDLERS = 0x8000
 _HANDLER_BYTES = 16
+GDT = 0xA000  # for eras that load it whole
 CODE = 0x10000
 SETUP = 0x18000
 USER_CODE = 0x20000
@@ -55,6 +56,8 @@ KERNEL_DS = abi.KERNEL_DS | abi.GUEST_PL
 FLAT_LOW = 0x0000FFFF
 USER_CODE_HIGH = 0x00CFFB00
 USER_DATA_HIGH = 0x00CFF300
+KERNEL_CODE_HIGH = 0x00CF9B00
+KERNEL_DATA_HIGH = 0x00CF9300
 
 # What a guest has at `done`, and in a data area of its own for what it wants to show.
 DONE = 0x00D0_0E00
@@ -67,6 +70,10 @@ PUSHF = b"\x9c"  # pushf
 POPF = b"\x9d"  # popf
 
 EAX, ECX, EDX, EBX, ESP, EBP, ESI, EDI = range(8)
+
+# The eras, and their names as pytest is to show them.
+ERAS = abi.GUEST_ABIS
+ERA_NAMES = [each.name for each in ERAS]
 
 
 def word(value: int) -> bytes:
@@ -118,6 +125,12 @@ def hypercall(number: int, ebx: int = 0, ecx: int = 0, edx: int = 0, esi: int = 
     """mov eax, number; mov ebx, ...; mov ecx, ...; mov edx, ...; mov esi, ...; int 0x1f."""
     loads = load(EAX, number) + load(EBX, ebx) + load(ECX, ecx) + load(EDX, edx) + load(ESI, esi)
     return loads + interrupt(abi.LGUEST_TRAP_ENTRY)
+
+
+def call_of(era: abi.GuestAbi, number: int, *arguments: int) -> bytes:
+    """A hypercall of up to three arguments as guests of that era make it: in its registers, with `int $0x1f`."""
+    loads = b"".join(load(register, value) for register, value in zip(era.registers, arguments, strict=False))
+    return load(EAX, number) + loads + interrupt(abi.LGUEST_TRAP_ENTRY)
 
 
 def notify(address: int) -> bytes:
@@ -182,25 +195,29 @@ class LittleGuest:
         set_up: bool = True,
         paging: bool = True,
         data: Mapping[int, int] | None = None,
+        era: abi.GuestAbi = abi.LATEST,
+        host_abi: abi.GuestAbi | None = None,
     ) -> None:
         """`kernel`: code for ring 1, at CODE; `user`: code for ring 3, which then follows the set-up at once.
 
-        `data`: words of lguest_data, by offset, as they are before LGUEST_INIT.
+        `data`: words of lguest_data, by offset, as they are before LGUEST_INIT; `era`: what the guest is; `host_abi`:
+        what the host thinks it is, where that is not the same.
         """
+        self.era = era
         self.memory = GuestMemory.create(RAM_BYTES, CANARY_PAGES)
         self.canary = bytes(range(256)) * (CANARY_PAGES * PAGE_SIZE // 256)
         self.memory.view[RAM_BYTES:] = self.canary
         self.words = self.memory.view.cast("I")
         self._write_tables()
-        self.write(DATA + abi.DATA_HCALL_STATUS, bytes([abi.HCALL_FREE]) * abi.LHCALL_RING_SIZE)
+        self.write(DATA + era.hcall_status, bytes([abi.HCALL_FREE]) * abi.LHCALL_RING_SIZE)
         words = {
             abi.DATA_IRQ_ENABLED: abi.X86_EFLAGS_IF,
-            abi.DATA_KERNEL_ADDRESS: 0xC0000000,
-            abi.DATA_SYSCALL_VEC: 0x80,
+            era.kernel_address: 0xC0000000,
+            era.syscall_vec: 0x80,
         }
         for offset, value in {**words, **(data or {})}.items():
             self.set_data(offset, value)
-        self.write(CODE, kernel + DONE_CALL)
+        self.write(CODE, kernel + self.call(abi.LHCALL_NOTIFY, DONE) + JUMP_TO_SELF)
         first = b""
         if set_up:
             first = self.set_up(gates, paging=paging)
@@ -208,7 +225,9 @@ class LittleGuest:
             self.write(USER_CODE, user)
             first += move_to_ring_3(USER_CODE)
         self.write(SETUP, first + jump(CODE, SETUP + len(first)))
-        self.host = EmbeddedHost(self.memory, RAM_BYTES, SETUP)
+        host_abi = host_abi or era
+        directory = DIRECTORY if host_abi.starts_paged else None
+        self.host = EmbeddedHost(self.memory, RAM_BYTES, SETUP, host_abi, directory)
 
     def _write_tables(self) -> None:
         for page in range(RAM_BYTES >> 12):
@@ -217,17 +236,33 @@ class LittleGuest:
 
     def set_up(self, gates: Iterable[int] | Mapping[int, tuple[int, int]], *, paging: bool = True) -> bytes:
         """The hypercalls that a kernel makes first, with handlers for `gates`; the stack is at KERNEL_STACK."""
-        code = load(ESP, KERNEL_STACK) + hypercall(abi.LHCALL_LGUEST_INIT, DATA)
+        call = self.call
+        code = load(ESP, KERNEL_STACK) + call(abi.LHCALL_LGUEST_INIT, DATA)
         if paging:
-            code += hypercall(abi.LHCALL_NEW_PGTABLE, DIRECTORY)
-        code += hypercall(abi.LHCALL_LOAD_GDT_ENTRY, USER_CS >> 3, FLAT_LOW, USER_CODE_HIGH)
-        code += hypercall(abi.LHCALL_LOAD_GDT_ENTRY, USER_DS >> 3, FLAT_LOW, USER_DATA_HIGH)
-        code += hypercall(abi.LHCALL_SET_STACK, KERNEL_DS, KERNEL_STACK, 1)
+            code += call(abi.LHCALL_NEW_PGTABLE, DIRECTORY)
+        if abi.LHCALL_LOAD_GDT_ENTRY in self.era.calls:
+            code += call(abi.LHCALL_LOAD_GDT_ENTRY, USER_CS >> 3, FLAT_LOW, USER_CODE_HIGH)
+            code += call(abi.LHCALL_LOAD_GDT_ENTRY, USER_DS >> 3, FLAT_LOW, USER_DATA_HIGH)
+        else:
+            table = {
+                abi.GDT_ENTRY_KERNEL_CS: KERNEL_CODE_HIGH,
+                abi.GDT_ENTRY_KERNEL_DS: KERNEL_DATA_HIGH,
+                USER_CS >> 3: USER_CODE_HIGH,
+                USER_DS >> 3: USER_DATA_HIGH,
+            }
+            for index, high in table.items():
+                self.write(GDT + 8 * index, struct.pack("<II", FLAT_LOW, high))
+            code += call(abi.LHCALL_LOAD_GDT, GDT, abi.GDT_ENTRIES)
+        code += call(abi.LHCALL_SET_STACK, KERNEL_DS, KERNEL_STACK, 1)
         wanted = gates if isinstance(gates, Mapping) else {vector: gate(handler(vector)) for vector in gates}
         for vector, (low, high) in wanted.items():
-            self.write(handler(vector), notify(handler(vector)) + JUMP_TO_SELF)
-            code += hypercall(abi.LHCALL_LOAD_IDT_ENTRY, vector, low, high)
+            self.write(handler(vector), call(abi.LHCALL_NOTIFY, handler(vector)) + JUMP_TO_SELF)
+            code += call(abi.LHCALL_LOAD_IDT_ENTRY, vector, low, high)
         return code
+
+    def call(self, number: int, *arguments: int) -> bytes:
+        """A hypercall as this guest makes it."""
+        return call_of(self.era, number, *arguments)
 
     def __enter__(self) -> LittleGuest:
         return self

@@ -365,8 +365,8 @@ def test_requests_of_unknown_kind_are_unsupported_and_change_nothing(rig: Rig, k
 @pytest.mark.parametrize(
     ("out", "into", "sentence"),
     [
-        ([16], [], "Bad virtblk cmd out=1 in=0"),
-        ([], [1], "Bad virtblk cmd out=0 in=1"),
+        ([16], [], "Bad virtblk cmd 7 out=1 in=0"),
+        ([], [1], "Bad virtblk cmd 7 out=0 in=1"),
         ([15], [1], "Bad iovec size 15 for the header of a virtblk cmd, it is 16"),
         ([17], [1], "Bad iovec size 17 for the header of a virtblk cmd, it is 16"),
         ([0, 16], [1], "Bad iovec size 0 for the header of a virtblk cmd, it is 16"),

@@ -94,10 +94,10 @@ def test_any_hypercalls_end_in_an_event_and_touch_nothing_of_ours(
         pages = host_pages(guest)
         assert guest.run() == Notify(1)
         for slot, (status, call) in enumerate(ring):
-            at = (DATA + abi.DATA_HCALLS >> 2) + abi.HCALL_WORDS * slot
+            at = (DATA + abi.LATEST.hcalls >> 2) + abi.LATEST.hcall_words * slot
             for number, value in enumerate(call):
                 guest.words[at + number] = value
-            guest.memory.view[DATA + abi.DATA_HCALL_STATUS + slot] = status
+            guest.memory.view[DATA + abi.LATEST.hcall_status + slot] = status
         for _ in range(20):
             # A halt may well be for ever.
             event = guest.run_for(0.005)

@@ -89,46 +89,46 @@ def test_lguest_init_fills_what_is_the_host_s_to_say(monkeypatch: pytest.MonkeyP
     with LittleGuest() as guest:
         started = (time.monotonic_ns(), guest.host._cpu.read_tsc())
         guest.finish()
-        assert guest.data(abi.DATA_RESERVE_MEM) == 0x400000
+        assert guest.data(abi.LATEST.reserve_mem) == 0x400000
         assert before - 1 <= guest.data(abi.DATA_TIME) <= time.time()
         assert guest.data(abi.DATA_TIME + 4) < 1_000_000_000
         while time.monotonic_ns() - started[0] < MEASURED_NANOSECONDS:
             pass
         khz = (guest.host._cpu.read_tsc() - started[1]) * 1_000_000 / (time.monotonic_ns() - started[0])
-        assert guest.data(abi.DATA_TSC_KHZ) == pytest.approx(khz, rel=0.05)
+        assert guest.data(abi.LATEST.tsc_khz) == pytest.approx(khz, rel=0.05)
 
 
 def test_a_counter_that_changes_its_speed_is_not_offered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clock, "_counter_is_steady", lambda: False)
     with LittleGuest() as guest:
         guest.finish()
-        assert guest.data(abi.DATA_TSC_KHZ) == 0
+        assert guest.data(abi.LATEST.tsc_khz) == 0
 
 
 @pytest.mark.parametrize(
-    "address", [RAM_BYTES - abi.DATA_SIZE + 4, RAM_BYTES, 0xFFFFF000, 0xFFFFFFFC, 0x80000000, 0x1001]
+    "address", [RAM_BYTES - abi.LATEST.data_size + 4, RAM_BYTES, 0xFFFFF000, 0xFFFFFFFC, 0x80000000, 0x1001]
 )
 def test_lguest_data_must_be_in_the_guest(address: int) -> None:
     assert reason(hypercall(abi.LHCALL_LGUEST_INIT, address), set_up=False) == f"bad guest page {address:#x}"
 
 
 def test_lguest_data_may_be_the_last_bytes_of_the_guest() -> None:
-    at = RAM_BYTES - abi.DATA_SIZE
+    at = RAM_BYTES - abi.LATEST.data_size
     with LittleGuest(hypercall(abi.LHCALL_LGUEST_INIT, at) + hypercall(abi.LHCALL_NOTIFY, DONE), set_up=False) as guest:
-        guest.write(at, bytes(guest.memory.view[DATA : DATA + abi.DATA_SIZE]))
+        guest.write(at, bytes(guest.memory.view[DATA : DATA + abi.LATEST.data_size]))
         assert guest.run() == Notify(DONE)
 
 
 @pytest.mark.parametrize("vector", [0, 31, 256, 0xFFFFFFFF])
 def test_a_syscall_vector_is_none_of_the_traps(vector: int) -> None:
     init = hypercall(abi.LHCALL_LGUEST_INIT, DATA)
-    assert reason(init, set_up=False, data={abi.DATA_SYSCALL_VEC: vector}) == f"bad syscall vector {vector}"
+    assert reason(init, set_up=False, data={abi.LATEST.syscall_vec: vector}) == f"bad syscall vector {vector}"
 
 
 @pytest.mark.parametrize("address", [0xFFC00000, 0xFFFFFFFF])
 def test_a_kernel_is_below_the_host(address: int) -> None:
     init = hypercall(abi.LHCALL_LGUEST_INIT, DATA)
-    ended = reason(init, set_up=False, data={abi.DATA_KERNEL_ADDRESS: address})
+    ended = reason(init, set_up=False, data={abi.LATEST.kernel_address: address})
     assert ended == f"bad kernel address {address:#x}"
 
 
@@ -163,8 +163,9 @@ def test_shutdown_ends_the_guest_with_its_message() -> None:
         assert guest.run() == Died("CRASH: Power down")
 
 
-def test_shutdown_with_restart_is_a_reboot() -> None:
-    with LittleGuest(hypercall(abi.LHCALL_SHUTDOWN, SPARE, abi.LGUEST_SHUTDOWN_RESTART)) as guest:
+@pytest.mark.parametrize("message", [SPARE, 0x40000000])  # the second is Linux's __pa(NULL): reboot without a reason
+def test_shutdown_with_restart_is_a_reboot_whatever_its_message(message: int) -> None:
+    with LittleGuest(hypercall(abi.LHCALL_SHUTDOWN, message, abi.LGUEST_SHUTDOWN_RESTART)) as guest:
         assert guest.run() == Reboot()
 
 
@@ -178,9 +179,9 @@ def test_a_shutdown_message_is_127_bytes_at_most_and_any_bytes() -> None:
 
 
 @pytest.mark.parametrize("address", [RAM_BYTES - 127, RAM_BYTES, 0x80000000, 0xFFFFFF80, 0xFFFFFFFF])
-@pytest.mark.parametrize("how", [1, 2])
-def test_a_shutdown_message_outside_the_guest_is_the_reason(address: int, how: int) -> None:
-    assert reason(hypercall(abi.LHCALL_SHUTDOWN, address, how)) == f"bad read address {address:#x} len 128"
+def test_a_shutdown_message_outside_the_guest_is_the_reason(address: int) -> None:
+    call = hypercall(abi.LHCALL_SHUTDOWN, address, abi.LGUEST_SHUTDOWN_POWEROFF)
+    assert reason(call) == f"bad read address {address:#x} len 128"
 
 
 def test_a_shutdown_message_may_be_the_last_bytes_of_the_guest() -> None:
@@ -273,13 +274,13 @@ def test_a_stack_has_two_pages_at_most(pages: int) -> None:
 
 def ring_call(guest: LittleGuest, slot: int, *arguments: int, status: int = 0) -> None:
     """Put a call into a slot of the ring, as guests do: the arguments first, then the status."""
-    words = (*arguments, *[0] * (abi.HCALL_WORDS - len(arguments)))
-    guest.write(DATA + abi.DATA_HCALLS + 20 * slot, struct.pack("<5I", *words))
-    guest.write(DATA + abi.DATA_HCALL_STATUS + slot, bytes([status]))
+    words = (*arguments, *[0] * (abi.LATEST.hcall_words - len(arguments)))
+    guest.write(DATA + abi.LATEST.hcalls + 20 * slot, struct.pack("<5I", *words))
+    guest.write(DATA + abi.LATEST.hcall_status + slot, bytes([status]))
 
 
 def ring_status(guest: LittleGuest) -> bytes:
-    at = DATA + abi.DATA_HCALL_STATUS
+    at = DATA + abi.LATEST.hcall_status
     return bytes(guest.memory.view[at : at + abi.LHCALL_RING_SIZE])
 
 
@@ -434,7 +435,7 @@ def test_set_pte_for_a_kernel_address_counts_whatever_the_page_directory() -> No
         + fetch(EAX, SPARE)
         + store(EAX, RESULTS)
     )
-    with LittleGuest(code, data={abi.DATA_KERNEL_ADDRESS: SPARE}) as guest:
+    with LittleGuest(code, data={abi.LATEST.kernel_address: SPARE}) as guest:
         guest.write(SPARE + 0x1000, word(0x77))
         guest.finish()
         assert guest.result() == 0x77

@@ -45,6 +45,8 @@ from lgmp.hosts.embedded import cpu as c
 from lgmp.hosts.embedded.cpu import Cpu
 
 IF = abi.X86_EFLAGS_IF
+assert abi.LATEST.irq_pending is not None
+IRQ_PENDING = abi.LATEST.irq_pending
 TIMER = abi.FIRST_EXTERNAL_VECTOR
 MILLISECOND = 1_000_000
 SEND_INTERRUPTS = hypercall(abi.LHCALL_SEND_INTERRUPTS)
@@ -75,7 +77,7 @@ def test_an_interrupt_reaches_its_handler_without_error_code(irq: int) -> None:
         guest.host.irq(irq)
         frame = guest.trap(vector(irq))
         assert (frame.eip, frame.eflags & IF) == (CODE + len(notify(1)), IF)
-        assert guest.data(abi.DATA_IRQ_PENDING) == 0
+        assert guest.data(IRQ_PENDING) == 0
 
 
 def test_an_interrupt_reaches_the_kernel_out_of_ring_3() -> None:
@@ -124,12 +126,12 @@ def test_with_interrupts_off_the_guest_is_told_that_one_is_pending() -> None:
     code = interrupts(False) + notify(1) + SEND_INTERRUPTS + notify(2) + interrupts(True) + SEND_INTERRUPTS + NOP
     with LittleGuest(code, gates=[vector(1)]) as guest:
         assert guest.run() == Notify(1)
-        assert guest.data(abi.DATA_IRQ_PENDING) == 0
+        assert guest.data(IRQ_PENDING) == 0
         guest.host.irq(1)
         assert guest.run() == Notify(2)
-        assert guest.data(abi.DATA_IRQ_PENDING) == IF
+        assert guest.data(IRQ_PENDING) == IF
         assert guest.trap(vector(1)).eip == CODE + len(code) - 1
-        assert guest.data(abi.DATA_IRQ_PENDING) == 0
+        assert guest.data(IRQ_PENDING) == 0
 
 
 def test_the_guest_is_told_of_what_is_pending_until_the_last_is_delivered() -> None:
@@ -139,13 +141,13 @@ def test_the_guest_is_told_of_what_is_pending_until_the_last_is_delivered() -> N
         guest.host.irq(1)
         guest.host.irq(2)
         assert guest.run() == Notify(2)
-        assert guest.data(abi.DATA_IRQ_PENDING) == IF
+        assert guest.data(IRQ_PENDING) == IF
         guest.set_data(abi.DATA_IRQ_ENABLED, IF)
         guest.trap(vector(1))
-        assert guest.data(abi.DATA_IRQ_PENDING) == IF
+        assert guest.data(IRQ_PENDING) == IF
         guest.set_data(abi.DATA_IRQ_ENABLED, IF)
         guest.trap(vector(2))
-        assert guest.data(abi.DATA_IRQ_PENDING) == 0
+        assert guest.data(IRQ_PENDING) == 0
 
 
 def test_turning_interrupts_on_without_a_hypercall_is_noticed() -> None:
@@ -163,7 +165,7 @@ def test_no_interrupt_falls_where_the_guest_forbids_it() -> None:
     start = CODE + len(notify(1))
     inside = SEND_INTERRUPTS * 3 + load(ECX, 3_000_000) + b"\x49\x75\xfd" + NOP  # dec ecx; jnz
     code = notify(1) + inside + JUMP_TO_SELF
-    noirq = {abi.DATA_NOIRQ_START: start, abi.DATA_NOIRQ_END: start + len(inside)}
+    noirq = {abi.LATEST.noirq_start: start, abi.LATEST.noirq_end: start + len(inside)}
     with LittleGuest(code, gates=[vector(1)], data=noirq) as guest:
         assert guest.run() == Notify(1)
         guest.host.irq(1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import array
 import fcntl
 import os
-import re
 import signal
 import termios
 import time
@@ -388,31 +387,6 @@ def test_there_is_one_process_for_the_guest_and_one_for_each_device(tmp_path: Pa
     assert sorted(workers) == ["console", "vda", "vdb"]
     assert sorted(parents) == sorted([launched.pid, *workers.values()])
     assert {parents[pid] for pid in workers.values()} == {launched.pid}
-
-
-VERBOSE = [
-    r"device \d+: \w+ pid=\d+",
-    r"device \d+: \w+ reset",
-    r"virtqueue \w+\.\d+: irq=\d+ page=0x[0-9a-f]+ num=128",
-    r"[\w ]+: address=0x[0-9a-f]+ size=0x[0-9a-f]+",
-    r"guest \S+: memory=0x0-0x[0-9a-f]+ entry=0x[0-9a-f]+ host=embedded",
-    r"guest \S+: powered off",
-]
-
-
-def test_verbose_says_what_is_laid_out_where_one_line_each(tmp_path: Path) -> None:
-    disk = make_disk(tmp_path / "disk.img")
-
-    code, _out, err = run("quiet blk id; poweroff", "-v", "--block", str(disk))
-
-    assert code == 0
-    lines = err.splitlines()
-    strange = [line for line in lines if not any(re.fullmatch(f"lgmp: {form}", line) for form in VERBOSE)]
-    assert strange == []
-    missing = [form for form in VERBOSE if not any(re.fullmatch(f"lgmp: {form}", line) for line in lines)]
-    assert missing == []
-    irqs = re.findall(r"virtqueue (\S+): irq=(\d+)", err)
-    assert irqs == [("vda.0", "1"), ("console.0", "2"), ("console.1", "3")]
 
 
 def test_the_kernel_host_is_refused_with_the_remedy() -> None:

@@ -30,9 +30,9 @@ RING_FATAL = {
     "loop": r"descriptor [01]: Looped descriptor",
     "self-loop": r"descriptor [01]: Looped descriptor",
     "out-after-in": r"descriptor [01]: Descriptor has out after in",
-    "avail-jump": r"Guest moved avail index from 0 to 129",
-    "avail-back": r"Guest moved avail index from 0 to 65535",
-    "avail-trash": r"Guest moved avail index from 0 to 65535",
+    "avail-jump": r"Guest moved used index from 0 to 129",
+    "avail-back": r"Guest moved used index from 0 to 65535",
+    "avail-trash": r"Guest moved used index from 0 to 65535",
     "descriptor-trash": r"descriptor \d+: .+",
 }
 INDIRECT_FATAL = {
@@ -55,12 +55,12 @@ RING_SURVIVED = {
 BLOCK_FATAL = {
     "header-15": r"descriptor 0: Bad iovec size 15 for the header",
     "header-17": r"descriptor 0: Bad iovec size 17 for the header",
-    "no-status": r"descriptor 0: Bad virtblk cmd out=2 in=0",
-    "no-header": r"descriptor 0: Bad virtblk cmd out=0 in=2",
-    "header-only": r"descriptor 0: Bad virtblk cmd out=1 in=0",
+    "no-status": r"descriptor 0: Bad virtblk cmd 0 out=2 in=0",
+    "no-header": r"descriptor 0: Bad virtblk cmd 0 out=0 in=2",
+    "header-only": r"descriptor 0: Bad virtblk cmd 0 out=1 in=0",
     "status-2": r"descriptor 0: Bad iovec size 2 for the status",
     "status-0": r"descriptor 0: Bad iovec size 0 for the status",
-    "status-readable": r"descriptor 0: Bad virtblk cmd out=3 in=0",
+    "status-readable": r"descriptor 0: Bad virtblk cmd 0 out=3 in=0",
 }
 BLOCK_SURVIVED = {
     "empty-data": "1 requests finished, status 0",

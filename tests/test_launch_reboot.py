@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 from launching import GUEST, MEM, Launch, command_line, make_disk, prompt
+from networks import GUEST_IP, HOST_IP, namespace
 
 BOOTS = 4
 
@@ -48,6 +49,24 @@ def test_disks_keep_what_was_written_before(tmp_path: Path) -> None:
 
     assert code == 0
     assert out.count("blk verify 0 64: status 0 all equal") == BOOTS
+
+
+def test_a_tap_is_there_again_alone_and_works_beside_the_disk(tmp_path: Path) -> None:
+    options = ("--tunnet", HOST_IP, "--block", str(make_disk(tmp_path / "disk.img")), "--rng")
+    with namespace() as here, here.entered(), prompt(*options) as launched:
+        launched.command("blk write 0 64 7")
+        for _ in range(2):
+            launched.command("reboot")
+            launched.command(f"net addr {GUEST_IP}")
+            launched.command(f"net ping {HOST_IP} 3")
+            assert here.interfaces() == ["tap0"]
+        launched.command("blk verify 0 64 7")
+        launched.send("poweroff\n")
+        code, out, err = launched.end()
+
+    assert (code, err) == (0, "")
+    assert out.count("3 of 3 answered") == 2
+    assert "blk verify 0 64: status 0 all equal" in out
 
 
 def test_a_reboot_in_the_kernel_arguments_goes_on_until_a_signal() -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 from driver import PATIENCE, Buffer, Driver, Recorder, Used
-from networks import GUEST_MAC, HOST_IP, OTHER_MAC, Namespace, frame, namespace, receive_test_frame
+from networks import GUEST_MAC, HOST_IP, OTHER_MAC, Namespace, flood, frame, namespace, receive_test_frame
 from pyroute2 import IPRoute
 
 from lgmp.network import Tap as HostTap
@@ -381,8 +381,7 @@ def test_without_a_buffer_nothing_is_read_until_the_guest_kicks(card: Card, wire
 def test_after_a_flood_without_buffers_frames_come_again(card: Card, wire: socket.socket) -> None:
     card.net.serve()
     card.net.ready(card.link.fd, select.POLLIN)
-    for number in range(5000):
-        wire.send(frame(b"%d" % number))
+    flood(wire, 5000)
     kept = 0
     while True:  # what the tap has kept of it comes first
         card.driver.forget()

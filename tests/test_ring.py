@@ -360,8 +360,14 @@ def avail_index(index: int) -> Callable[[Driver], None]:
 
 
 CRIMES = {
-    "avail index beyond the ring": (avail_index(NUM + 1), "Guest moved avail index from 0 to 9, the ring has 8"),
-    "avail index backwards": (avail_index(0xFFFF), "Guest moved avail index from 0 to 65535, the ring has 8"),
+    "avail index beyond the ring": (
+        avail_index(NUM + 1),
+        "Guest moved used index from 0 to 9 (that of avail), the ring has 8",
+    ),
+    "avail index backwards": (
+        avail_index(0xFFFF),
+        "Guest moved used index from 0 to 65535 (that of avail), the ring has 8",
+    ),
     "head outside the ring": (chain_of(head=NUM), "Guest says index 8 is available, the ring has 8"),
     "head far outside the ring": (chain_of(head=0xFFFF), "Guest says index 65535 is available, the ring has 8"),
     "address outside": (

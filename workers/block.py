@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
     from workers.runtime import Options
 
+# What lseek(2) takes.
+_OFFSET_MAX = (1 << 63) - 1
+
 _unpack_header = HEADER.unpack
 _preadv = os.preadv
 
@@ -79,7 +82,7 @@ class Block(RequestDevice):
         Raises RequestError for a request without a 16-byte header or without a status byte of its own.
         """
         if not readable or not writable:
-            raise RequestError(f"Bad virtblk cmd out={len(readable)} in={len(writable)}")
+            raise RequestError(f"Bad virtblk cmd {{head}} out={len(readable)} in={len(writable)}")
         header = readable[0]
         status = writable.pop()
         if len(header) != HEADER_BYTES:
@@ -130,20 +133,22 @@ class Block(RequestDevice):
             self._say(f"{self.name}: Scsi commands unsupported")
         return VIRTIO_BLK_S_UNSUPP, 0
 
-    def _extent(self, sector: int, segments: Sequence[memoryview]) -> tuple[int, int]:
-        """The offset and size in bytes of a transfer; raises OSError where it is not whole sectors of the disk."""
+    def _extent(self, what: str, sector: int, segments: Sequence[memoryview]) -> tuple[int, int]:
+        """The offset and size in bytes of a transfer; raises OSError where it is not whole sectors of the disk.
+
+        `what` names it there, "Read" or "Write".
+        """
         size = sum(map(len, segments))
         offset = sector * SECTOR_BYTES
         if size % SECTOR_BYTES:
             raise OSError(None, f"{size} bytes are not whole sectors")
         if offset + size > self.size:
-            raise OSError(
-                None, f"{size // SECTOR_BYTES} sectors from there reach past the end, {self.size // SECTOR_BYTES}"
-            )
+            place = f"{what} past end {offset}+{size}" if offset <= _OFFSET_MAX else f"Bad seek to sector {sector}"
+            raise OSError(None, f"{place}, the disk has {self.size // SECTOR_BYTES} sectors")
         return offset, size
 
     def _read(self, sector: int, segments: list[memoryview]) -> int:
-        offset, size = self._extent(sector, segments)
+        offset, size = self._extent("Read", sector, segments)
         done = 0
         while done < size:
             segments = skip(segments, 0)
@@ -157,7 +162,7 @@ class Block(RequestDevice):
     def _write(self, sector: int, segments: list[memoryview]) -> None:
         if self.read_only:
             raise OSError(None, "the disk is read-only")
-        offset, size = self._extent(sector, segments)
+        offset, size = self._extent("Write", sector, segments)
         done = 0
         while done < size:
             segments = skip(segments, 0)

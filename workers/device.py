@@ -38,7 +38,10 @@ IOV_MAX = 1024
 
 
 class RequestError(LgmpError):
-    """A request broke a rule of its device; fatal to the guest. Where it was is for the caller to add."""
+    """A request broke a rule of its device; fatal to the guest. Where it was is for the caller to add.
+
+    `{head}` in the message stands for the number of the request's first descriptor.
+    """
 
 
 def say(text: str) -> None:
@@ -172,7 +175,8 @@ class RequestDevice(Device):
                 else:
                     more = True
             except RequestError as error:
-                raise RingError(f"{queue.name}: descriptor {head}: {error}") from error
+                what = str(error).replace("{head}", str(head))
+                raise RingError(f"{queue.name}: descriptor {head}: {what}") from error
             if head >= 0:
                 self.notifier.used(number)
         return more

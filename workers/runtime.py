@@ -155,7 +155,10 @@ class Worker:
         if confinement.user is not None:
             # So that their names can still be taken away, should the launcher be killed now.
             for mailbox in (self._mailbox, self._completions):
-                os.fchown(mailbox.fileno(), *confinement.user[:2])
+                try:  # noqa: SIM105  contextlib is costly to import
+                    os.fchown(mailbox.fileno(), *confinement.user[:2])
+                except OSError:
+                    pass  # there can be no such user here, and what follows says so
         confinement.enter()
 
     def ready(self) -> None:

@@ -23,10 +23,19 @@ from lgmp.loader.image import (
     page_align,
 )
 from lgmp.loader.initrd import check_initrd_fits, load_initrd
+from lgmp.loader.linux_version import find_version
 from lgmp.loader.memory_size import check_memory_size, parse_memory_size
+from lgmp.loader.page_tables import page_table_bytes, write_identity_page_tables
 from lgmp.memory import PAGE_SIZE, GuestMemory
 
-__all__ = ["LoadedGuest", "LoadedSegment", "check_memory_size", "load_guest", "parse_memory_size"]
+__all__ = [
+    "LoadedGuest",
+    "LoadedSegment",
+    "check_memory_size",
+    "load_guest",
+    "map_memory",
+    "parse_memory_size",
+]
 
 # What a kernel that was packed whole begins with, and what undoes it.
 _PACKED = (
@@ -52,13 +61,15 @@ class LoadedGuest:
 
     `entry`: the guest-physical address to start at; `initrd_bytes`: what the initrd takes of the top of RAM, rounded up
     to pages, 0 without one; `kernel_end`: the first guest-physical address above all the kernel claims; `segments`:
-    what was loaded where, for --verbose.
+    what was loaded where, for --verbose; `linux_version`: the first two or three numbers of the kernel's version, None
+    where the image does not tell.
     """
 
     entry: int
     initrd_bytes: int
     kernel_end: int
     segments: list[LoadedSegment]
+    linux_version: tuple[int, ...] | None = None
 
 
 def load_guest(memory: GuestMemory, kernel: str, initrd: str | None, arguments: Sequence[str]) -> LoadedGuest:
@@ -87,7 +98,9 @@ def _load(
     load_segments(kernel_file, image, memory)
     if is_elf:
         elf.check_guest_kernel(kernel_file, image, memory)
+        version = find_version(memory, image)
     else:
+        version = image.linux_version
         bzimage.check_highmem(kernel_file, image, memory)
     loaded = [LoadedSegment(each.what, each.address, each.memory_bytes) for each in image.segments]
     if initrd_file is not None:
@@ -95,7 +108,18 @@ def _load(
     write_boot_params(memory, image, command_line, initrd_bytes)
     loaded.append(LoadedSegment("boot_params", BOOT_PARAMS_ADDRESS, PAGE_SIZE))
     loaded.append(LoadedSegment("command line", COMMAND_LINE_ADDRESS, len(command_line) + 1))
-    return LoadedGuest(image.entry, initrd_bytes, image.memory_end, loaded)
+    return LoadedGuest(image.entry, initrd_bytes, image.memory_end, loaded, version)
+
+
+def map_memory(memory: GuestMemory, guest: LoadedGuest) -> int:
+    """Write the first page tables of a guest that starts with paging on; gives its page directory's address.
+
+    They map RAM to itself, and lie right below the initrd. Raises LgmpError where the kernel leaves them no room.
+    """
+    directory = write_identity_page_tables(memory.view, memory.ram_bytes, guest.initrd_bytes, guest.kernel_end)
+    size = page_table_bytes(memory.ram_bytes)
+    guest.segments.append(LoadedSegment("page tables", directory + PAGE_SIZE - size, size))
+    return directory
 
 
 def _read_kernel(file: ImageFile) -> tuple[bool, KernelImage]:
@@ -105,5 +129,7 @@ def _read_kernel(file: ImageFile) -> tuple[bool, KernelImage]:
         return True, elf.read_elf(file)
     for magic, remedy in _PACKED:
         if start.startswith(magic):
-            raise LgmpError(f"{file.name} is compressed: {remedy} it first (a bzImage is taken as it is)")
+            raise LgmpError(
+                f"{bzimage.NO_BZIMAGE}: {file.name} is compressed: {remedy} it first (a bzImage is taken as it is)"
+            )
     return False, bzimage.read_bzimage(file)

@@ -11,6 +11,7 @@ import struct
 from lgmp.errors import LgmpError
 from lgmp.loader.elf import NEEDS_32_BIT, NO_HIGHMEM_MARKER, no_highmem
 from lgmp.loader.image import COMMAND_LINE_SIZE, ImageFile, KernelImage, Payload, Segment
+from lgmp.loader.linux_version import VERSION_BYTES, parse_version
 from lgmp.loader.memory_size import LOWMEM_BYTES, MIB
 from lgmp.memory import GuestMemory
 
@@ -25,11 +26,14 @@ SETUP_HEADER_MIN_END = 0x248
 EDD_MBR_SIG = 0x290
 
 MAGIC = b"HdrS"
+# In the words of the original launcher.
+NO_BZIMAGE = "This doesn't look like a bzImage to me"
 SETUP_SECTS = 0x1F1  # u8
 SYSSIZE = 0x1F4  # u32, in paragraphs of 16 bytes
 JUMP_OFFSET = 0x201  # u8: how far past 0x202 the header ends
 HEADER = 0x202
 VERSION = 0x206  # u16
+KERNEL_VERSION = 0x20E  # u16: where the text of its version is, from 0x200 on
 LOADFLAGS = 0x211  # u8
 CODE32_START = 0x214  # u32
 RELOCATABLE_KERNEL = 0x234  # u8
@@ -42,6 +46,8 @@ INIT_SIZE = 0x260  # u32, 2.10
 
 LOADED_HIGH = 0x01
 XLF_KERNEL_64 = 0x0001
+
+KERNEL_VERSION_BASE = 0x200
 
 PROTOCOL_SUBARCH = 0x207  # 2.6.24: hardware_subarch
 PROTOCOL_PAYLOAD = 0x208  # 2.6.26
@@ -61,8 +67,8 @@ def read_bzimage(file: ImageFile) -> KernelImage:
     header = file.read_at(0, min(file.size, EDD_MBR_SIG), "boot sector")
     if header[HEADER : HEADER + len(MAGIC)] != MAGIC:
         raise LgmpError(
-            f"{file.name} is not a kernel lguest can run: it is neither ELF nor a bzImage; give the kernel's "
-            "vmlinux or arch/x86/boot/bzImage"
+            f"{NO_BZIMAGE}: {file.name} is neither ELF nor a bzImage; give the kernel's vmlinux or "
+            "arch/x86/boot/bzImage"
         )
     if len(header) < EDD_MBR_SIG:
         raise file.truncated("setup header")
@@ -89,6 +95,7 @@ def read_bzimage(file: ImageFile) -> KernelImage:
         setup_header=header[SETUP_HEADER_START:header_end],
         later_guest=version >= PROTOCOL_INIT_SIZE,
         payload=_payload(header, version, size),
+        linux_version=_linux_version(file, header, start),
     )
 
 
@@ -137,6 +144,14 @@ def _payload(header: bytes, version: int, size: int) -> Payload | None:
         return None
     offset, length = _u32(header, PAYLOAD_OFFSET), _u32(header, PAYLOAD_LENGTH)
     return Payload(LOAD_ADDRESS + offset, length) if length and offset + length <= size else None
+
+
+def _linux_version(file: ImageFile, header: bytes, setup_end: int) -> tuple[int, ...] | None:
+    pointer = _u16(header, KERNEL_VERSION)
+    at = KERNEL_VERSION_BASE + pointer
+    if not pointer or at >= setup_end:
+        return None
+    return parse_version(file.read_at(at, min(VERSION_BYTES, setup_end - at), "kernel version"))
 
 
 def _u16(header: bytes, offset: int) -> int:

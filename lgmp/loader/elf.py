@@ -27,6 +27,8 @@ GUEST_MARKER = b"lguest"
 NO_HIGHMEM_MARKER = b"Use a HIGHMEM enabled kernel."
 
 NEEDS_32_BIT = "is an x86-64 kernel: lguest runs 32-bit guests only; build it with ARCH=i386 and CONFIG_LGUEST_GUEST=y"
+# In the words of the original launcher.
+_MALFORMED = "Malformed elf header"
 _BUILD_AGAIN = "copy or build it again"
 
 
@@ -80,14 +82,14 @@ def _read_headers(file: ImageFile) -> tuple[Any, list[Any]]:
     from elftools.elf.structs import ELFStructs  # noqa: PLC0415
 
     structs = ELFStructs(little_endian=True, elfclass=32)
-    raw = file.read_at(0, EHDR_BYTES, "ELF header")
+    raw = file.read_at(0, EHDR_BYTES, "ELF header", "kernel")
     try:
         structs.create_basic_structs()
         header = structs.Elf_Ehdr.parse(raw)
         _check_header(file, header)
         structs.create_advanced_structs(header["e_type"], header["e_machine"])
         count: int = header["e_phnum"]
-        table = file.read_at(header["e_phoff"], count * PHDR_BYTES, "table of program headers")
+        table = file.read_at(header["e_phoff"], count * PHDR_BYTES, "table of program headers", "program headers")
         return header, [
             structs.Elf_Phdr.parse(table[start : start + PHDR_BYTES]) for start in range(0, len(table), PHDR_BYTES)
         ]
@@ -99,26 +101,27 @@ def _check_header(file: ImageFile, header: Any) -> None:  # noqa: ANN401 - pyelf
     identity = header["e_ident"]
     machine = header["e_machine"]
     if machine == "EM_X86_64":
-        raise LgmpError(f"{file.name} {NEEDS_32_BIT}")
+        raise LgmpError(f"{_MALFORMED}: {file.name} {NEEDS_32_BIT}")
     if (identity["EI_CLASS"], identity["EI_DATA"], machine) != ("ELFCLASS32", "ELFDATA2LSB", "EM_386"):
         described = ", ".join(str(each) for each in (identity["EI_CLASS"], identity["EI_DATA"], machine))
         raise LgmpError(
-            f"{file.name} is not for the i386 ({described}): lguest needs a kernel built with ARCH=i386 and "
-            "CONFIG_LGUEST_GUEST=y"
+            f"{_MALFORMED}: {file.name} is not for the i386 ({described}): lguest needs a kernel built "
+            "with ARCH=i386 and CONFIG_LGUEST_GUEST=y"
         )
     if header["e_type"] != "ET_EXEC":
         raise LgmpError(
-            f"{file.name} is not an executable kernel ({header['e_type']}): give the kernel's vmlinux or bzImage"
+            f"{_MALFORMED}: {file.name} is not an executable kernel ({header['e_type']}): "
+            "give the kernel's vmlinux or bzImage"
         )
     count = header["e_phnum"]
     if not 1 <= count <= PHNUM_MAX:
         number = "PN_XNUM" if count == PN_XNUM else count
         raise LgmpError(
-            f"{file.name} is malformed: it has {number} program headers, not 1 to {PHNUM_MAX}; {_BUILD_AGAIN}"
+            f"{_MALFORMED}: {file.name}: it has {number} program headers, not 1 to {PHNUM_MAX}; {_BUILD_AGAIN}"
         )
     if header["e_phentsize"] != PHDR_BYTES:
         raise LgmpError(
-            f"{file.name} is malformed: its program headers are {header['e_phentsize']} bytes each, not {PHDR_BYTES}; "
+            f"{_MALFORMED}: {file.name}: its program headers are {header['e_phentsize']} bytes each, not {PHDR_BYTES}; "
             f"{_BUILD_AGAIN}"
         )
 

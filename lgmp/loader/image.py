@@ -52,9 +52,9 @@ class ImageFile:
             # O_NONBLOCK: a pipe without a writer is to be refused, not waited for.
             self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
         except OSError as error:
-            raise LgmpError(f"cannot open the {what} {self.name}: {error.strerror}") from error
+            raise LgmpError(f"Failed to open {self.name}: {error.strerror}") from error
         except ValueError as error:  # a NUL byte in the name
-            raise LgmpError(f"cannot open the {what} {self.name}: {error}") from error
+            raise LgmpError(f"Failed to open {self.name}: {error}") from error
         status = os.fstat(self.fd)
         self.size = status.st_size
         problem = None
@@ -66,11 +66,14 @@ class ImageFile:
             problem = f"is empty: give a whole {what}"
         if problem is not None:
             self.close()
-            raise LgmpError(f"{self.name} {problem}")
+            raise LgmpError(f"Reading {what}: {self.name} {problem}")
 
-    def read_at(self, offset: int, length: int, what: str) -> bytes:
-        """Return `length` bytes at `offset`. Raises LgmpError, naming `what` they are, where the file ends early."""
-        self.check_range(offset, length, what)
+    def read_at(self, offset: int, length: int, what: str, reading: str = "") -> bytes:
+        """Return `length` bytes at `offset`. Raises LgmpError, naming `what` they are, where the file ends early.
+
+        `reading`: what is being read then in the words of the original launcher, where it had some.
+        """
+        self.check_range(offset, length, what, reading)
         content = bytearray(length)
         self.read_into(memoryview(content), offset, what)
         return bytes(content)
@@ -88,14 +91,17 @@ class ImageFile:
                 raise self.truncated(what)
             done += count
 
-    def check_range(self, offset: int, length: int, what: str) -> None:
+    def check_range(self, offset: int, length: int, what: str, reading: str = "") -> None:
         """Raise LgmpError unless the file holds `length` bytes at `offset`."""
         if offset + length > self.size:
-            raise self.truncated(what)
+            raise self.truncated(
+                what, reading or f"offset {offset} len {length} gave {max(0, min(length, self.size - offset))}"
+            )
 
-    def truncated(self, what: str) -> LgmpError:
+    def truncated(self, what: str, reading: str = "") -> LgmpError:
         """Return the error to raise where the file ends before its `what` does."""
-        return LgmpError(f"{self.name} is truncated: its {what} is not all there; copy or build it again")
+        begin = f"Reading {reading}: " if reading else ""
+        return LgmpError(f"{begin}{self.name} is truncated: its {what} is not all there; copy or build it again")
 
     def close(self) -> None:
         """Close the file; a second time is harmless."""
@@ -150,7 +156,8 @@ class KernelImage:
     `memory_end`: the first guest-physical address above all the kernel takes before it knows how much memory there is;
     `command_line_max`: the longest command line it keeps, in bytes without the NUL; `setup_header`: the header of a
     bzImage from offset 0x1f1 on, empty for ELF; `later_guest`: the kernel belongs to boot protocol 2.10 (2.6.31) or
-    later, or does not say; `payload`: a bzImage's compressed kernel where its header tells.
+    later, or does not say; `payload`: a bzImage's compressed kernel where its header tells; `linux_version`: the first
+    two or three numbers of the version that a bzImage's header tells.
     """
 
     entry: int
@@ -160,6 +167,7 @@ class KernelImage:
     setup_header: bytes = b""
     later_guest: bool = True
     payload: Payload | None = None
+    linux_version: tuple[int, ...] | None = None
 
 
 def check_fits(image: KernelImage, name: str, initrd_bytes: int, memory: GuestMemory) -> None:

@@ -1,6 +1,7 @@
-"""The first page tables of a guest of the seed's era (2.6.24 to 2.6.30), whose launcher has to make them.
+"""The first page tables of a guest that starts with paging on, as those before 3.1 do.
 
-From 2.6.31 on the host makes them, and nothing here is wanted.
+To 2.6.29 it was for the launcher to make them, and after that for the host, which put them in the same place. A guest
+of 3.1 or later starts with linear memory, and nothing here is wanted.
 """
 
 from __future__ import annotations

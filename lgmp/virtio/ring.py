@@ -201,7 +201,10 @@ class Virtqueue:
             return None
         count = self._num
         if (index - last) & 0xFFFF > count:
-            raise RingError(f"{self.name}: Guest moved avail index from {last} to {index}, the ring has {count}")
+            # The original launcher's words; it is the index of avail.
+            raise RingError(
+                f"{self.name}: Guest moved used index from {last} to {index} (that of avail), the ring has {count}"
+            )
         head = avail[2 + last % count]
         if head >= count:
             raise RingError(f"{self.name}: Guest says index {head} is available, the ring has {count}")

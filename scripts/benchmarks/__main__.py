@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import footprint
 import guestcpu
+import network
 import ring
 import roundtrip
 import startup
@@ -130,6 +131,21 @@ def measure_guest_cpu(report: Report, options: argparse.Namespace) -> None:
     )
 
 
+def measure_network(report: Report, options: argparse.Namespace) -> None:
+    """How fast frames go between guest and host, beside a veth pair."""
+    try:
+        measured = network.measure(1 if options.quick else 5)
+    except PermissionError as error:
+        report.section("network", f"Network: not measured, {error}")
+        return
+    report.samples(
+        "network",
+        "Network per second: a worker and a tap with a driver of ours; a veth pair; the test guest answering pings",
+        measured,
+        {key: key for key in measured},
+    )
+
+
 _PARTS: dict[str, Callable[[Report, argparse.Namespace], None]] = {
     "ring": measure_ring,
     "round-trip": measure_round_trip,
@@ -137,6 +153,7 @@ _PARTS: dict[str, Callable[[Report, argparse.Namespace], None]] = {
     "memory": measure_memory,
     "boot": measure_boot,
     "guest": measure_guest_cpu,
+    "network": measure_network,
 }
 
 

@@ -5,6 +5,11 @@
 /* The whole page, zeroed: no field of any version lies outside it. */
 u8 lguest_data[4096] __attribute__((aligned(4096)));
 
+/* To 2.6.30: without irq_pending, and with four words for each asynchronous call. */
+#define EARLY_DATA                                                                                                     \
+	.irq_pending = NO_FIELD, .hcall_status = 20, .hcalls = 84, .hcall_size = 16, .reserve_mem = 1108,                  \
+	.tsc_khz = 1112, .pgdir = 1116, .noirq_start = 1120, .noirq_end = 1124, .kernel_address = 1128, .syscall_vec = 1132
+
 static const struct abi abis[] = {
 	{
 		.name = "3.x",
@@ -23,24 +28,48 @@ static const struct abi abis[] = {
 		.send_interrupts = true,
 	},
 	{
+		.name = "2.6.31",
+		.irq_pending = 20,
+		.hcall_status = 24,
+		.hcalls = 88,
+		.hcall_size = 20,
+		.reserve_mem = 1368,
+		.tsc_khz = 1372,
+		.pgdir = 1376,
+		.noirq_start = 1380,
+		.noirq_end = 1384,
+		.kernel_address = 1388,
+		.syscall_vec = 1392,
+		.vmcall = true,
+		.status_notify = true,
+		.send_interrupts = true,
+	},
+	{
+		.name = "2.6.30",
+		EARLY_DATA,
+		.vmcall = true,
+		.whole_gdt = true,
+		.status_notify = true,
+	},
+	{
+		.name = "2.6.26",
+		EARLY_DATA,
+		.args_from_edx = true,
+		.whole_gdt = true,
+		.status_notify = true,
+	},
+	{
 		.name = "2.6.25",
-		.irq_pending = NO_FIELD,
-		.hcall_status = 20,
-		.hcalls = 84,
-		.hcall_size = 16,
-		.reserve_mem = 1108,
-		.tsc_khz = 1112,
-		.pgdir = 1116,
-		.noirq_start = 1120,
-		.noirq_end = 1124,
-		.kernel_address = 1128,
-		.syscall_vec = 1132,
+		EARLY_DATA,
 		.args_from_edx = true,
 		.whole_gdt = true,
 	},
 };
 
 const struct abi *abi = &abis[0];
+
+u32 first_page_directory;
+bool first_tables_seen;
 
 bool abi_select(const char *name)
 {
@@ -63,7 +92,13 @@ u32 hcall(u32 call, u32 arg1, u32 arg2, u32 arg3, u32 arg4)
 		ecx = arg3;
 		esi = 0;
 	}
-	asm volatile("int %1" : "+a"(call) : "i"(LGUEST_TRAP_ENTRY), "b"(ebx), "c"(ecx), "d"(edx), "S"(esi) : "memory");
+	if (abi->vmcall) /* the host writes an int in its place, and this runs once */
+		asm volatile(".byte 0x0f, 0x01, 0xc1" : "+a"(call) : "b"(ebx), "c"(ecx), "d"(edx), "S"(esi) : "memory");
+	else
+		asm volatile("int %1"
+			     : "+a"(call)
+			     : "i"(LGUEST_TRAP_ENTRY), "b"(ebx), "c"(ecx), "d"(edx), "S"(esi)
+			     : "memory");
 	return call;
 }
 
@@ -76,14 +111,16 @@ bool async_hcall(u32 call, u32 arg1, u32 arg2, u32 arg3, u32 arg4)
 
 	if (queued) {
 		slot[0] = call;
-		slot[1] = arg1;
-		if (abi->args_from_edx) { /* eax, edx, ecx, ebx */
+		if (abi->args_from_edx) { /* eax, ebx, ecx, edx */
+			slot[1] = arg2;
 			slot[2] = arg3;
-			slot[3] = arg2;
+			slot[3] = arg1;
 		} else {
+			slot[1] = arg1;
 			slot[2] = arg2;
 			slot[3] = arg3;
-			slot[4] = arg4;
+			if (abi->hcall_size == 20)
+				slot[4] = arg4;
 		}
 		barrier();
 		hcall_status()[next] = 0;
@@ -126,7 +163,13 @@ void abi_init(void)
 	*lguest_field(abi->noirq_start) = (u32)noirq_start;
 	*lguest_field(abi->noirq_end) = (u32)noirq_end;
 	/* No page tables are shared above this: what we map is all below. */
-	*lguest_field(abi->kernel_address) = 0xc0000000;
+	*lguest_field(abi->kernel_address) = KERNEL_ADDRESS;
 	*lguest_field(abi->syscall_vec) = SYSCALL_VECTOR;
 	hcall(LHCALL_LGUEST_INIT, (u32)lguest_data, 0, 0, 0);
+	if (abi->pgdir != NO_FIELD) {
+		/* Linux of these eras goes on at its linked address now, on the tables that it found. */
+		first_page_directory = *lguest_field(abi->pgdir);
+		first_tables_seen = *(volatile u32 *)(KERNEL_ADDRESS + (u32)lguest_data + abi->syscall_vec) == SYSCALL_VECTOR &&
+				    (*(volatile u32 *)first_page_directory & PTE_PRESENT);
+	}
 }

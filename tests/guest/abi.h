@@ -13,7 +13,7 @@
 #define LHCALL_FLUSH_ASYNC 0
 #define LHCALL_LGUEST_INIT 1
 #define LHCALL_SHUTDOWN 2
-#define LHCALL_LOAD_GDT 3 /* 2.6.24 and 2.6.25 only */
+#define LHCALL_LOAD_GDT 3 /* to 2.6.30 */
 #define LHCALL_NEW_PGTABLE 4
 #define LHCALL_FLUSH_TLB 5
 #define LHCALL_LOAD_IDT_ENTRY 6
@@ -37,6 +37,7 @@
 #define LGUEST_IRQS 32
 #define FIRST_EXTERNAL_VECTOR 32 /* interrupt 0, the timer, has this vector */
 #define SYSCALL_VECTOR 0x80
+#define KERNEL_ADDRESS 0xc0000000
 
 /* GDT entries and selectors, from asm/segment.h. The guest's kernel runs in ring 1. */
 #define GDT_ENTRIES 32
@@ -73,6 +74,7 @@ struct abi {
 	/* Offsets in struct lguest_data; NO_FIELD where this version has none. */
 	u16 irq_pending, hcall_status, hcalls, hcall_size, reserve_mem, tsc_khz, pgdir;
 	u16 noirq_start, noirq_end, kernel_address, syscall_vec;
+	bool vmcall;		/* a hypercall is a vmcall, which the host rewrites */
 	bool args_from_edx;	/* arguments in edx, ebx, ecx instead of ebx, ecx, edx, esi */
 	bool whole_gdt;		/* LOAD_GDT of the table, not LOAD_GDT_ENTRY */
 	bool status_notify;	/* NOTIFY of a descriptor tells the launcher to look at the status; else it always resets */
@@ -81,6 +83,9 @@ struct abi {
 
 extern const struct abi *abi;
 extern u8 lguest_data[4096];
+/* Where the tables are that paging was on with at the start, and whether they mapped what they should; if abi->pgdir. */
+extern u32 first_page_directory;
+extern bool first_tables_seen;
 extern u64 gdt[GDT_ENTRIES]; /* what the host was told */
 
 /* Chooses the ABI; false if there is none of that name. */

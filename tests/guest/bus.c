@@ -50,7 +50,8 @@ void device_set_status(struct device *device, u8 status)
 
 void device_reset(struct device *device)
 {
-	*(volatile u8 *)&device->desc->status = 0;
+	if (abi->status_notify) /* else it is the launcher that clears it */
+		*(volatile u8 *)&device->desc->status = 0;
 	barrier();
 	device_notify_status(device);
 }

@@ -146,6 +146,10 @@ static void check_paging(void)
 	unmap_page(TEST_PAGE);
 	unmap_page(ALIAS_PAGE);
 	alloc_release(mark);
+	if (abi->pgdir != NO_FIELD)
+		check(first_tables_seen && first_page_directory < memory_size,
+		      "paging was on from the start, and RAM mapped where the kernel is linked", "tables at %x",
+		      first_page_directory);
 	check(*lguest_field(abi->reserve_mem) >= PAGE_SIZE && *lguest_field(abi->reserve_mem) <= 64u << 20,
 	      "the host keeps some memory at the top for itself", "%x", *lguest_field(abi->reserve_mem));
 	check(traps(write_byte, (void *)(0u - *lguest_field(abi->reserve_mem))) && last_trap.number == TRAP_PF,
@@ -509,6 +513,8 @@ static void check_tls(void)
 	user_run(user_gs, 0, GDT_ENTRY_TLS_MIN * 8 + 3);
 	check(last_trap.number == TRAP_SYSCALL_EXIT && last_trap.eax == 0x7154, "LOAD_TLS: ring 3 reads through gs",
 	      "trap %u error %x, read %x", last_trap.number, last_trap.error, last_trap.eax);
+	/* A whole table that is loaded later takes those segments away, and no register may hold one then. */
+	asm volatile("movl %0, %%gs" : : "r"(0));
 }
 
 static void check_ring3(void)

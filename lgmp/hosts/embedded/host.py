@@ -39,12 +39,21 @@ _BREAK = Break()
 
 
 class EmbeddedHost:
-    """Runs one guest of the 3.x ABI on Unicorn; it fulfils the contract `lgmp.hosts.Host`."""
+    """Runs one guest on Unicorn; it fulfils the contract `lgmp.hosts.Host`."""
 
-    def __init__(self, memory: GuestMemory, guest_limit: int, entry: int) -> None:
+    def __init__(
+        self,
+        memory: GuestMemory,
+        guest_limit: int,
+        entry: int,
+        guest_abi: abi.GuestAbi = abi.LATEST,
+        page_directory: int | None = None,
+    ) -> None:
         """A guest that starts at guest-physical `entry` and sees the first `guest_limit` bytes of `memory`.
 
-        boot_params lies at 0 already. Raises LgmpError where the emulator cannot be used.
+        `guest_abi`: how it speaks with its host; `page_directory`: the guest-physical address of its first page
+        tables, where it starts with paging on. boot_params lies at 0 already. Raises LgmpError where the emulator
+        cannot be used.
         """
         self._cpu = Cpu(memory.view, guest_limit)
         self._guest = GuestState(memory.view, guest_limit)
@@ -52,8 +61,9 @@ class EmbeddedHost:
         self._traps = Traps(self._cpu, self._guest, self._table)
         self._clock = TscClock(self._cpu.read_tsc)
         self._hypercalls = Hypercalls(
-            self._cpu, self._guest, self._table, set_timer=self._set_timer, tsc_khz=self._clock.khz
+            self._cpu, self._guest, self._table, guest_abi, set_timer=self._set_timer, tsc_khz=self._clock.khz
         )
+        self._rewrites_vmcall = guest_abi.vmcall
         # When interrupt 0 is due, in nanoseconds of the monotonic clock; 0 for never.
         self._deadline = 0
         self._running = False
@@ -62,6 +72,8 @@ class EmbeddedHost:
         # What wakes a halted guest's thread; what is put there does not matter.
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._set_registers(entry)
+        if page_directory is not None:
+            self._hypercalls.use_page_tables(page_directory)
         self._cpu.on_interrupt(self._interrupted)
         self._cpu.on_invalid_opcode(self._invalid_opcode)
         try:
@@ -171,6 +183,10 @@ class EmbeddedHost:
 
     def _invalid_opcode(self) -> None:
         try:
+            if self._rewrites_vmcall and self._traps.rewrite_vmcall():
+                return
+            if self._guest.data is None and self._traps.at_vmcall():
+                self._hypercalls.check_era()
             self._traps.fault(abi.TRAP_INVALID_OPCODE)
         except BaseException as failure:  # it must not cross Unicorn's frames
             self._failure = failure

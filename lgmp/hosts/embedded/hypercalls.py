@@ -1,7 +1,8 @@
-"""Hypercalls: what a 3.x guest asks of its host, with `int $0x1f` or through the asynchronous ring.
+"""Hypercalls: what a guest asks of its host, with `int $0x1f` or through the asynchronous ring.
 
-The guest's CPU walks the guest's own page tables, so the hypercalls about them only check and flush: nothing is
-shadowed. Everything in a call is hostile.
+How a call is made depends on the guest's era, and `GuestAbi` says how; what it does is the same for all. The guest's
+CPU walks the guest's own page tables, so the hypercalls about them only check and flush: nothing is shadowed.
+Everything in a call is hostile.
 """
 
 # Every hypercall has four arguments; few of them use all.
@@ -9,8 +10,10 @@ shadowed. Everything in a call is hostile.
 
 from __future__ import annotations
 
+import struct
 import zlib
 from collections.abc import Callable
+from operator import itemgetter
 
 from lgmp.hosts import Died, Notify, Reboot
 from lgmp.hosts.embedded import abi
@@ -24,6 +27,8 @@ from lgmp.hosts.embedded.traps import write_time
 _PAGE = 4096
 _SHUTDOWN_MESSAGE_BYTES = 128
 _MAX_STACK_PAGES = 2
+_DESCRIPTOR_BYTES = 8
+_RING_FREE = bytes([abi.HCALL_FREE]) * abi.LHCALL_RING_SIZE
 
 Arguments = tuple[int, int, int, int]
 
@@ -36,11 +41,12 @@ class Hypercalls:
         cpu: Cpu,
         guest: GuestState,
         table: DescriptorTable,
+        guest_abi: abi.GuestAbi,
         *,
         set_timer: Callable[[int], None],
         tsc_khz: Callable[[], int],
     ) -> None:
-        """Work on this CPU and guest; `table`: its GDT.
+        """Work on this CPU and guest; `table`: its GDT; `guest_abi`: how it makes its calls.
 
         `set_timer(nanoseconds)`: make interrupt 0 pending after that time, or never for 0; `tsc_khz()`: the speed of
         the time-stamp counter, for the guest to know.
@@ -48,6 +54,10 @@ class Hypercalls:
         self._cpu = cpu
         self._guest = guest
         self._table = table
+        self._abi = guest_abi
+        self._registers = guest_abi.registers
+        self._hcall_words = guest_abi.hcall_words
+        self._arrange: Callable[[list[int]], tuple[int, ...]] = itemgetter(*guest_abi.hcall_order)
         self._set_timer = set_timer
         self._tsc_khz = tsc_khz
         # The call that waits for the ring before it to be done, as it does while a NOTIFY from there is with the
@@ -55,7 +65,7 @@ class Hypercalls:
         self._waiting: tuple[int, Arguments] | None = None
         # Checksums of pages as they were when they were last mapped read-only into user space.
         self._code_checksums: dict[int, int] = {}
-        self._calls: dict[int, Callable[[int, int, int, int], None]] = {
+        calls: dict[int, Callable[[int, int, int, int], None]] = {
             abi.LHCALL_FLUSH_ASYNC: self._nothing,
             abi.LHCALL_SEND_INTERRUPTS: self._nothing,
             abi.LHCALL_LGUEST_INIT: self._lguest_init,
@@ -71,17 +81,21 @@ class Hypercalls:
             abi.LHCALL_SET_PGD: self._set_pgd,
             abi.LHCALL_LOAD_TLS: self._load_tls,
             abi.LHCALL_NOTIFY: self._notify,
+            abi.LHCALL_LOAD_GDT: self._load_gdt,
             abi.LHCALL_LOAD_GDT_ENTRY: self._load_gdt_entry,
         }
+        self._calls = {number: calls[number] for number in guest_abi.calls}
 
     def from_registers(self) -> None:
-        """The guest made a hypercall: eax, ebx, ecx, edx, esi. Raises GuestKilled for one that ends it."""
+        """The guest made a hypercall, its number in eax. Raises GuestKilled for one that ends it."""
         q = self._cpu.q
         number = q[c.EAX]
-        arguments = (q[c.EBX], q[c.ECX], q[c.EDX], q[c.ESI])
+        first, second, third, fourth = self._registers
+        arguments = (q[first], q[second], q[third], q[fourth])
         if self._guest.data is None:
             if number != abi.LHCALL_LGUEST_INIT:
                 raise GuestKilled(f"hypercall {number} before INIT")
+            self.check_era()
             self._initialise(arguments[0])
             return
         self._waiting = (number, arguments)
@@ -98,25 +112,53 @@ class Hypercalls:
         self._waiting = None
         self._call(number, *arguments)
 
+    def check_era(self) -> None:
+        """Raise GuestKilled where the call that is being made is the LGUEST_INIT of a guest of another era."""
+        q = self._cpu.q
+        if q[c.EAX] != abi.LHCALL_LGUEST_INIT:
+            return
+        eras = [each for each in abi.GUEST_ABIS if self._seems_initialised(each, q[each.registers[0]])]
+        if eras and self._abi not in eras:
+            raise GuestKilled(
+                f"this guest makes its hypercalls as {' or '.join(each.kernels for each in eras)} does, "
+                f"not as {self._abi.kernels}: give --guest-abi {' or '.join(each.name for each in eras)}"
+            )
+
+    def _seems_initialised(self, guest_abi: abi.GuestAbi, data: int) -> bool:
+        """Whether a guest of that era can have filled the struct lguest_data at `data` for its LGUEST_INIT."""
+        guest = self._guest
+        if data & 3 or data + guest_abi.data_size > guest.limit:
+            return False
+        base = data >> 2
+        status = data + guest_abi.hcall_status
+        kernel_address = guest.words[base + guest_abi.kernel_address // 4]
+        return (
+            guest.memory[status : status + abi.LHCALL_RING_SIZE] == _RING_FREE
+            and abi.FIRST_EXTERNAL_VECTOR <= guest.words[base + guest_abi.syscall_vec // 4] < len(guest.gates)
+            and 0 < kernel_address < abi.SWITCHER_ADDRESS
+            and not kernel_address & (_PAGE - 1)
+        )
+
     def _run_ring(self) -> None:
         """Carry out what the guest has put in the asynchronous ring, once around at most, up to a NOTIFY."""
         guest = self._guest
         assert guest.data is not None
         memory, words, call = guest.memory, guest.words, self._call
-        status = guest.data + abi.DATA_HCALL_STATUS
-        entries = (guest.data + abi.DATA_HCALLS) >> 2
+        size, arrange = self._hcall_words, self._arrange
+        status = guest.data + self._abi.hcall_status
+        entries = (guest.data + self._abi.hcalls) >> 2
         for _ in range(abi.LHCALL_RING_SIZE):
             slot = guest.next_hcall
             if memory[status + slot] == abi.HCALL_FREE:
                 return
             guest.next_hcall = (slot + 1) % abi.LHCALL_RING_SIZE
-            at = entries + slot * abi.HCALL_WORDS
-            call(*words[at : at + abi.HCALL_WORDS].tolist())
+            at = entries + slot * size
+            call(*arrange(words[at : at + size].tolist()))
             memory[status + slot] = abi.HCALL_FREE
             if guest.event is not None:
                 return
 
-    def _call(self, number: int, a1: int, a2: int, a3: int, a4: int) -> None:
+    def _call(self, number: int, a1: int, a2: int, a3: int, a4: int = 0) -> None:
         try:
             call = self._calls[number]
         except KeyError:
@@ -125,23 +167,37 @@ class Hypercalls:
         call(a1, a2, a3, a4)
 
     def _initialise(self, data: int) -> None:
-        guest = self._guest
-        if data & 3 or data + abi.DATA_SIZE > guest.limit:
+        guest, era = self._guest, self._abi
+        if data & 3 or data + era.data_size > guest.limit:
             raise GuestKilled(f"bad guest page {data:#x}")
         words = guest.words
         base = data >> 2
-        guest.noirq_start = words[base + abi.DATA_NOIRQ_START // 4]
-        guest.noirq_end = words[base + abi.DATA_NOIRQ_END // 4]
-        guest.kernel_address = words[base + abi.DATA_KERNEL_ADDRESS // 4]
-        vector = words[base + abi.DATA_SYSCALL_VEC // 4]
+        guest.noirq_start = words[base + era.noirq_start // 4]
+        guest.noirq_end = words[base + era.noirq_end // 4]
+        guest.kernel_address = words[base + era.kernel_address // 4]
+        vector = words[base + era.syscall_vec // 4]
         if guest.kernel_address >= abi.SWITCHER_ADDRESS:
             raise GuestKilled(f"bad kernel address {guest.kernel_address:#x}")
         if not abi.FIRST_EXTERNAL_VECTOR <= vector < len(guest.gates):
             raise GuestKilled(f"bad syscall vector {vector}")
-        words[base + abi.DATA_RESERVE_MEM // 4] = abi.RESERVE_MEM
-        words[base + abi.DATA_TSC_KHZ // 4] = self._tsc_khz()
+        words[base + era.reserve_mem // 4] = abi.RESERVE_MEM
+        words[base + era.tsc_khz // 4] = self._tsc_khz()
+        if era.pgdir is not None:
+            words[base + era.pgdir // 4] = guest.directory
+        if era.irq_pending is not None:
+            guest.irq_pending = base + era.irq_pending // 4
+        if guest.paging:
+            self._map_at_kernel_address()
         guest.data = data
         write_time(guest)
+
+    def _map_at_kernel_address(self) -> None:
+        """Map RAM where the kernel is linked to be, too: it goes on there before it has tables of its own."""
+        guest = self._guest
+        tables, first = guest.directory >> 2, guest.kernel_address >> 22
+        for index in range(min(first, abi.SWITCHER_PGD_INDEX - first)):
+            guest.words[tables + first + index] = guest.words[tables + index]
+        self._cpu.flush_all()
 
     def _nothing(self, a1: int, a2: int, a3: int, a4: int) -> None:
         """FLUSH_ASYNC and SEND_INTERRUPTS do their work by coming here at all."""
@@ -151,14 +207,19 @@ class Hypercalls:
 
     def _shutdown(self, message: int, how: int, a3: int, a4: int) -> None:
         guest = self._guest
+        if how == abi.LGUEST_SHUTDOWN_RESTART:
+            # Linux gives its reason, which is often NULL, so this address is not looked at (nor does lg care for it).
+            guest.event = Reboot()
+            return
         guest.check_range(message, _SHUTDOWN_MESSAGE_BYTES, "read")
         text = bytes(guest.memory[message : message + _SHUTDOWN_MESSAGE_BYTES - 1]).split(b"\0", 1)[0]
-        if how == abi.LGUEST_SHUTDOWN_RESTART:
-            guest.event = Reboot()
-        else:
-            guest.event = Died("CRASH: " + text.decode("utf-8", "replace"))
+        guest.event = Died("CRASH: " + text.decode("utf-8", "replace"))
 
     def _new_pgtable(self, directory: int, a2: int, a3: int, a4: int) -> None:
+        self.use_page_tables(directory)
+
+    def use_page_tables(self, directory: int) -> None:
+        """Walk the guest's page tables from that page directory on. Raises GuestKilled for what cannot be one."""
         guest = self._guest
         if directory & (_PAGE - 1) or directory >> 12 >= guest.pfn_limit:
             raise GuestKilled(f"bad page directory {directory:#x}")
@@ -240,15 +301,22 @@ class Hypercalls:
 
     def _load_tls(self, address: int, a2: int, a3: int, a4: int) -> None:
         guest = self._guest
-        guest.check_range(address, 8 * abi.GDT_ENTRY_TLS_ENTRIES, "read")
-        raw = bytes(guest.memory[address : address + 8 * abi.GDT_ENTRY_TLS_ENTRIES])
-        for number in range(abi.GDT_ENTRY_TLS_ENTRIES):
-            low = int.from_bytes(raw[8 * number : 8 * number + 4], "little")
-            high = int.from_bytes(raw[8 * number + 4 : 8 * number + 8], "little")
-            self._table.load(abi.GDT_ENTRY_TLS_MIN + number, low, high)
+        guest.check_range(address, _DESCRIPTOR_BYTES * abi.GDT_ENTRY_TLS_ENTRIES, "read")
+        raw = bytes(guest.memory[address : address + _DESCRIPTOR_BYTES * abi.GDT_ENTRY_TLS_ENTRIES])
+        for index, (low, high) in enumerate(struct.iter_unpack("<II", raw), abi.GDT_ENTRY_TLS_MIN):
+            self._table.load(index, low, high)
 
     def _notify(self, address: int, a2: int, a3: int, a4: int) -> None:
         self._guest.event = Notify(address)
+
+    def _load_gdt(self, address: int, count: int, a3: int, a4: int) -> None:
+        guest = self._guest
+        if count > abi.GDT_ENTRIES:
+            raise GuestKilled(f"too many gdt entries {count}")
+        guest.check_range(address, _DESCRIPTOR_BYTES * count, "read")
+        raw = bytes(guest.memory[address : address + _DESCRIPTOR_BYTES * count])
+        for index, (low, high) in enumerate(struct.iter_unpack("<II", raw)):
+            self._table.load(index, low, high)
 
     def _load_gdt_entry(self, index: int, low: int, high: int, a4: int) -> None:
         self._table.load(index, low, high)

@@ -29,6 +29,7 @@ class GuestState:
         "event",
         "gates",
         "halted",
+        "irq_pending",
         "kernel_address",
         "limit",
         "memory",
@@ -50,6 +51,8 @@ class GuestState:
         self.pfn_limit = limit >> 12
         # Guest-physical address of struct lguest_data; None until LGUEST_INIT.
         self.data: int | None = None
+        # Which of `words` is lguest_data.irq_pending; None until LGUEST_INIT, and in eras that have none.
+        self.irq_pending: int | None = None
         self.kernel_address = 0xC0000000
         self.noirq_start = 0
         self.noirq_end = 0

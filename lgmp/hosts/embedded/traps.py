@@ -48,6 +48,28 @@ class Traps:
                 return
         self._deliver_trap(vector, error_code)
 
+    def rewrite_vmcall(self) -> bool:
+        """Make `int $0x1f` of the `vmcall` at EIP in ring 1, in the guest's memory, and say whether there was one.
+
+        As lg did: the page may be read-only to the guest, and what stands there is run again from its start.
+        """
+        if not self.at_vmcall():
+            return False
+        q = self._cpu.q
+        for number, byte in enumerate(abi.VMCALL_REWRITTEN):
+            at = self._physical((q[c.EIP] + q[c.CS_BASE] + number) & 0xFFFFFFFF)
+            self._guest.memory[at] = byte
+            self._cpu.forget_code(at, at + 1)
+        return True
+
+    def at_vmcall(self) -> bool:
+        """Whether EIP is at a `vmcall`, in ring 1."""
+        cpu = self._cpu
+        if cpu.d[c.HFLAGS] & c.HF_CPL_MASK != abi.GUEST_PL:
+            return False
+        eip = cpu.q[c.EIP]
+        return all(self._code_at(eip + number) == byte for number, byte in enumerate(abi.VMCALL))
+
     def software_interrupt(self, vector: int) -> None:
         """`int vector` (int3 and into too), with EIP past it. Raises GuestKilled where nothing can be delivered."""
         q, d = self._cpu.q, self._cpu.d
@@ -83,7 +105,8 @@ class Traps:
             words[(data + abi.DATA_IRQ_ENABLED) >> 2] = abi.X86_EFLAGS_IF
             guest.halted = False
         elif not words[(data + abi.DATA_IRQ_ENABLED) >> 2]:
-            words[(data + abi.DATA_IRQ_PENDING) >> 2] = abi.X86_EFLAGS_IF
+            if guest.irq_pending is not None:
+                words[guest.irq_pending] = abi.X86_EFLAGS_IF
             return
         lowest = ready & -ready
         gate = guest.gates[abi.FIRST_EXTERNAL_VECTOR + lowest.bit_length() - 1]
@@ -92,8 +115,8 @@ class Traps:
             guest.pending &= ~lowest
             self._enter(gate, None)
         write_time(guest)
-        if ready == lowest:
-            words[(data + abi.DATA_IRQ_PENDING) >> 2] = 0
+        if ready == lowest and guest.irq_pending is not None:
+            words[guest.irq_pending] = 0
 
     def _deliver_trap(self, vector: int, error_code: int) -> None:
         gate = self._guest.gates[vector]
