@@ -75,7 +75,7 @@ class GuestMemory:
     def close(self) -> None:
         """Unmap the memory and close its descriptor. Views that are still held elsewhere keep the mapping alive."""
         self.view.release()
-        try:
+        try:  # noqa: SIM105  contextlib is costly to import in a worker
             self.map.close()
         except BufferError:
             pass  # a slice of it lives on in somebody's hands; the mapping goes with that
@@ -84,7 +84,11 @@ class GuestMemory:
             self.fd = -1
 
     def __enter__(self) -> GuestMemory:
+        """Nothing more to do."""
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close it."""
         self.close()

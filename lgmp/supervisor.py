@@ -75,7 +75,7 @@ class Worker:
     reset_done: threading.Event = field(default_factory=threading.Event)
     ready: bool = False
     failure: str | None = None
-    # Whether the features that the driver accepted are in the control page.
+    # Whether the driver has begun to work with what it accepted, which is in the control page then.
     negotiated: bool = False
 
     @property
@@ -188,13 +188,14 @@ class Supervisor:
     def kick(self, worker: Worker) -> None:
         """Have a worker look at its rings. Never blocks: a full mailbox means that a kick waits there already."""
         if not worker.negotiated:
+            # Before 3.x a driver writes what it accepts after the last status that it tells of before its first kick.
             self.negotiated(worker)
+            worker.negotiated = True
         worker.mailbox.post(_KICK)
 
     def negotiated(self, worker: Worker) -> None:
         """Tell a worker what its driver accepted, as the driver has written it by now, of what was offered."""
         worker.control.accepted_features = worker.device.accepted_features
-        worker.negotiated = True
 
     def reset(self, worker: Worker, give_up: Callable[[], bool]) -> bool:
         """Have a worker let go of its rings, and wait until it has; False where it ended instead, or `give_up()`.

@@ -302,6 +302,7 @@ def test_a_launcher_killed_at_any_moment_leaves_nothing_that_the_next_does_not_s
             time.sleep(step * 0.012)  # any moment will do
             with contextlib.suppress(ProcessLookupError):
                 (os.kill if whom == "launcher" else os.killpg)(launched.session, signal.SIGKILL)
+            launched.process.kill()  # it may not have had a group of its own yet
             launched.wait()
             wait_until(lambda it=launched: not session_processes(it.session), "workers gone")  # type: ignore[misc]
 

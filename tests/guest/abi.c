@@ -25,6 +25,7 @@ static const struct abi abis[] = {
 		.kernel_address = 1384,
 		.syscall_vec = 1388,
 		.status_notify = true,
+		.features_notify = true,
 		.send_interrupts = true,
 	},
 	{

@@ -78,6 +78,7 @@ struct abi {
 	bool args_from_edx;	/* arguments in edx, ebx, ecx instead of ebx, ecx, edx, esi */
 	bool whole_gdt;		/* LOAD_GDT of the table, not LOAD_GDT_ENTRY */
 	bool status_notify;	/* NOTIFY of a descriptor tells the launcher to look at the status; else it always resets */
+	bool features_notify;	/* so does the last word about features; else the first kick comes right after them */
 	bool send_interrupts;	/* has LHCALL_SEND_INTERRUPTS */
 };
 

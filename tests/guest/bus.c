@@ -44,7 +44,7 @@ void device_notify_status(struct device *device)
 void device_set_status(struct device *device, u8 status)
 {
 	*(volatile u8 *)&device->desc->status = status;
-	if ((status & VIRTIO_CONFIG_S_FAILED) && abi->status_notify)
+	if (abi->status_notify)
 		device_notify_status(device);
 }
 
@@ -69,7 +69,7 @@ void device_start(struct device *device, u32 wanted)
 		device->features &= ~(1u << VIRTIO_RING_F_INDIRECT_DESC);
 	for (unsigned int i = 0; i < desc->feature_len; i++)
 		accepted[i] = i < 4 ? device->features >> (8 * i) : 0;
-	if (abi->status_notify)
+	if (abi->features_notify)
 		device_notify_status(device);
 	for (unsigned int i = 0; i < min(desc->num_vq, MAX_VQS); i++)
 		vq_reset(&device->vqs[i]);
