@@ -73,7 +73,12 @@ void device_start(struct device *device, u32 wanted)
 		device_notify_status(device);
 	for (unsigned int i = 0; i < min(desc->num_vq, MAX_VQS); i++)
 		vq_reset(&device->vqs[i]);
-	device_set_status(device, VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER | VIRTIO_CONFIG_S_DRIVER_OK);
+	if (abi->features_notify)
+		device_set_status(device,
+				  VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER | VIRTIO_CONFIG_S_DRIVER_OK);
+	else /* Linux has used the device before it tells of this; here the first kick is what tells of the features */
+		*(volatile u8 *)&desc->status =
+			VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER | VIRTIO_CONFIG_S_DRIVER_OK;
 }
 
 const char *device_type_name(u8 type)
