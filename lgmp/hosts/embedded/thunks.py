@@ -9,9 +9,12 @@ and either answer or jump to Unicorn's own raise_exception_err(env, trap, error 
 
 from __future__ import annotations
 
+import ctypes
 import mmap
+import os
 import struct
 
+from lgmp.errors import LgmpError
 from lgmp.hosts.embedded import abi
 
 _RDI_ENV_FROM = {"rsi": b"\x48\x89\xf7", "rcx": b"\x48\x89\xcf", "r8": b"\x4c\x89\xc7"}
@@ -61,7 +64,10 @@ class Thunks:
     """
 
     def __init__(self, raise_exception_err: int, hflags_offset: int) -> None:
-        """Write the code; `raise_exception_err`: the address of Unicorn's function, `hflags_offset`: bytes into env."""
+        """Write the code; `raise_exception_err`: the address of Unicorn's function, `hflags_offset`: bytes into env.
+
+        Raises LgmpError where the system does not let it run.
+        """
         pieces = {
             # uc_cb_insn_in_t(uc, port, size, env): env in rcx
             "port_in": _port("rcx", b"\x8b\x81", hflags_offset, raise_exception_err),
@@ -77,23 +83,21 @@ class Thunks:
             # rdtsc; shl rdx, 32; or rax, rdx; ret
             "read_tsc": b"\x0f\x31\x48\xc1\xe2\x20\x48\x09\xd0\xc3",
         }
-        self._page = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
-        base = _address_of(self._page)
+        self._page = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        base = ctypes.addressof(ctypes.c_char.from_buffer(self._page))
         addresses = {}
         offset = 0
         for name, code in pieces.items():
             self._page[offset : offset + len(code)] = code
             addresses[name] = base + offset
             offset += (len(code) + 15) & ~15
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.mprotect(ctypes.c_void_p(base), ctypes.c_size_t(mmap.PAGESIZE), mmap.PROT_READ | mmap.PROT_EXEC):
+            reason = os.strerror(ctypes.get_errno())
+            raise LgmpError(f"this system allows no generated code, which the embedded host needs: {reason}")
         self.port_in = addresses["port_in"]
         self.port_out = addresses["port_out"]
         self.syscall = addresses["syscall"]
         self.sysenter = addresses["sysenter"]
         self.new_block = addresses["new_block"]
         self.read_tsc = addresses["read_tsc"]
-
-
-def _address_of(page: mmap.mmap) -> int:
-    import ctypes  # noqa: PLC0415 - here, so that the encoding above stays importable without it
-
-    return ctypes.addressof(ctypes.c_char.from_buffer(page))
