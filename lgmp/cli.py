@@ -179,7 +179,7 @@ def run_parser() -> argparse.ArgumentParser:
         dest="devices",
         type=_rng,
         action="append",
-        metavar="FILE",
+        metavar="[=FILE]",
         help="random bytes for the guest; --rng alone has them from /dev/urandom, --rng=FILE from FILE",
     )
     parser.add_argument("--initrd", metavar="FILE", help="the initial RAM disk")
