@@ -6,7 +6,6 @@ replaced by another that goes on where it stopped. It holds nothing that a guest
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import mmap
 import os
@@ -71,6 +70,8 @@ class ControlPage:
     def close(self) -> None:
         """Unmap the page and close its descriptor. Views of positions that are still held keep the mapping alive."""
         self._words.release()
-        with contextlib.suppress(BufferError):
+        try:  # noqa: SIM105  contextlib is costly to import in a worker
             self._map.close()
+        except BufferError:
+            pass
         os.close(self.fd)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 
 # What each line begins with: the command that the user gave, "lgmp" or "lguest". Workers are told by --program.
@@ -20,5 +19,8 @@ class LgmpError(Exception):
 def say(text: str) -> None:
     """One line to the user on stderr, with nothing in it that a terminal would obey. Never raises."""
     line = "".join(character if character.isprintable() else f"\\x{ord(character):02x}" for character in text)
-    with contextlib.suppress(OSError):  # stderr may be gone; it is not buffered, or it would fail again at exit
+    try:  # noqa: SIM105  contextlib is costly to import in a worker
+        # Not through sys.stderr, which buffers: what failed here would fail again at exit.
         os.write(2, f"{program}: {line}\n".encode(errors="backslashreplace"))
+    except OSError:
+        pass  # stderr may be gone

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from lgmp.errors import LgmpError
+from lgmp.errors import LgmpError, say
 from lgmp.virtio.block import (
     HEADER,
     HEADER_BYTES,
@@ -27,7 +27,7 @@ from lgmp.virtio.block import (
     VIRTIO_BLK_T_OUT,
     VIRTIO_BLK_T_SCSI_CMD,
 )
-from workers.device import IOV_MAX, Complaints, Device, RequestDevice, RequestError, say, skip
+from workers.device import IOV_MAX, Complaints, Device, RequestDevice, RequestError, skip
 
 TYPE_CHECKING = False  # as typing's, which is costly to import in a worker
 if TYPE_CHECKING:

@@ -15,11 +15,11 @@ import select
 import stat
 from time import monotonic
 
-from lgmp.errors import LgmpError
+from lgmp.errors import LgmpError, say
 from lgmp.terminal import RawTerminal
 from lgmp.virtio.console import INPUT_QUEUE, OUTPUT_QUEUE, QUEUES
 from lgmp.virtio.ring import RingError
-from workers.device import BATCH, IOV_MAX, Device, say, skip
+from workers.device import BATCH, IOV_MAX, Device, skip
 
 TYPE_CHECKING = False  # as typing's, which is costly to import in a worker
 if TYPE_CHECKING:

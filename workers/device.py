@@ -7,12 +7,9 @@ wait for anything but its own file. workers/runtime.py runs a device in a proces
 
 from __future__ import annotations
 
-import os
-import sys
 from time import monotonic
 
-from lgmp import errors
-from lgmp.errors import LgmpError
+from lgmp.errors import LgmpError, say
 from lgmp.virtio.ids import VIRTIO_RING_F_INDIRECT_DESC
 from lgmp.virtio.ring import RingError, Virtqueue
 
@@ -42,15 +39,6 @@ class RequestError(LgmpError):
 
     `{head}` in the message stands for the number of the request's first descriptor.
     """
-
-
-def say(text: str) -> None:
-    """One line to the user on stderr. Never raises: a worker outlives its stderr."""
-    try:
-        line = f"{errors.program}: {text}\n".encode(errors="replace")
-        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, line)
-    except (OSError, ValueError):
-        pass
 
 
 class Complaints:

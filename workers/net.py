@@ -15,12 +15,12 @@ import fcntl
 import os
 import select
 
-from lgmp.errors import LgmpError
+from lgmp.errors import LgmpError, say
 from lgmp.tap import TUNSETOFFLOAD, may_be_given, offloads_for
 from lgmp.virtio.ids import VIRTIO_F_ANY_LAYOUT
 from lgmp.virtio.net import HEADER_BYTES, QUEUES, RECEIVE_QUEUE, TRANSMIT_QUEUE
 from lgmp.virtio.ring import RingError
-from workers.device import BATCH, IOV_MAX, Complaints, Device, say, skip
+from workers.device import BATCH, IOV_MAX, Complaints, Device, skip
 
 TYPE_CHECKING = False  # as typing's, which is costly to import in a worker
 if TYPE_CHECKING:

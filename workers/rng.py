@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import select
 
-from lgmp.errors import LgmpError
+from lgmp.errors import LgmpError, say
 from lgmp.virtio.ring import RingError
 from lgmp.virtio.rng import QUEUES, REQUEST_QUEUE
-from workers.device import BATCH, IOV_MAX, Device, say
+from workers.device import BATCH, IOV_MAX, Device
 
 TYPE_CHECKING = False  # as typing's, which is costly to import in a worker
 if TYPE_CHECKING:

@@ -20,11 +20,11 @@ import sys
 from lgmp import errors
 from lgmp.confinement import Confinement
 from lgmp.control import ControlPage
-from lgmp.errors import LgmpError
+from lgmp.errors import LgmpError, say
 from lgmp.mailbox import COMPLETION_MESSAGE_BYTES, Mailbox, ToLauncher, ToWorker, pack, unlink, unpack
 from lgmp.memory import GuestMemory
 from lgmp.virtio.ring import Virtqueue, VringLayout
-from workers.device import Device, say
+from workers.device import Device
 
 TYPE_CHECKING = False  # as typing's, which is costly to import
 if TYPE_CHECKING:

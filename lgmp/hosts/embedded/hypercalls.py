@@ -20,11 +20,11 @@ from lgmp.hosts.embedded import abi
 from lgmp.hosts.embedded import cpu as c
 from lgmp.hosts.embedded.cpu import Cpu
 from lgmp.hosts.embedded.descriptors import gate_of
-from lgmp.hosts.embedded.paging import check_page_directory_entry, check_page_table_entry
+from lgmp.hosts.embedded.paging import check_page_directory, check_page_directory_entry, check_page_table_entry
 from lgmp.hosts.embedded.state import DescriptorTable, GuestKilled, GuestState
 from lgmp.hosts.embedded.traps import write_time
+from lgmp.memory import PAGE_SIZE
 
-_PAGE = 4096
 _SHUTDOWN_MESSAGE_BYTES = 128
 _MAX_STACK_PAGES = 2
 _DESCRIPTOR_BYTES = 8
@@ -136,7 +136,7 @@ class Hypercalls:
             guest.memory[status : status + abi.LHCALL_RING_SIZE] == _RING_FREE
             and abi.FIRST_EXTERNAL_VECTOR <= guest.words[base + guest_abi.syscall_vec // 4] < len(guest.gates)
             and 0 < kernel_address < abi.SWITCHER_ADDRESS
-            and not kernel_address & (_PAGE - 1)
+            and not kernel_address & (PAGE_SIZE - 1)
         )
 
     def _run_ring(self) -> None:
@@ -221,8 +221,7 @@ class Hypercalls:
     def use_page_tables(self, directory: int) -> None:
         """Walk the guest's page tables from that page directory on. Raises GuestKilled for what cannot be one."""
         guest = self._guest
-        if directory & (_PAGE - 1) or directory >> 12 >= guest.pfn_limit:
-            raise GuestKilled(f"bad page directory {directory:#x}")
+        check_page_directory(directory, guest.pfn_limit)
         guest.words[(directory >> 2) + abi.SWITCHER_PGD_INDEX] = self._cpu.switcher_entry
         self._cpu.load_page_directory(directory)
         guest.directory = directory
@@ -254,18 +253,17 @@ class Hypercalls:
         if entry & abi.PAGE_RW:
             self._code_checksums.pop(page, None)
         else:
-            checksum = zlib.crc32(self._guest.memory[page : page + _PAGE])
+            checksum = zlib.crc32(self._guest.memory[page : page + PAGE_SIZE])
             if self._code_checksums.get(page) == checksum:
                 return
             self._code_checksums[page] = checksum
-        self._cpu.forget_code(page, page + _PAGE)
+        self._cpu.forget_code(page, page + PAGE_SIZE)
 
     def _set_pgd(self, directory: int, index: int, a3: int, a4: int) -> None:
         guest = self._guest
         if index > abi.SWITCHER_PGD_INDEX:
             raise GuestKilled(f"Attempt to set pgd {index}/{abi.SWITCHER_PGD_INDEX + 1}")
-        if directory & (_PAGE - 1) or directory >> 12 >= guest.pfn_limit:
-            raise GuestKilled(f"bad page directory {directory:#x}")
+        check_page_directory(directory, guest.pfn_limit)
         if index == abi.SWITCHER_PGD_INDEX:
             return
         check_page_directory_entry(guest.words[(directory >> 2) + index], guest.pfn_limit)
@@ -300,22 +298,22 @@ class Hypercalls:
         self._guest.halted = True
 
     def _load_tls(self, address: int, a2: int, a3: int, a4: int) -> None:
-        guest = self._guest
-        guest.check_range(address, _DESCRIPTOR_BYTES * abi.GDT_ENTRY_TLS_ENTRIES, "read")
-        raw = bytes(guest.memory[address : address + _DESCRIPTOR_BYTES * abi.GDT_ENTRY_TLS_ENTRIES])
-        for index, (low, high) in enumerate(struct.iter_unpack("<II", raw), abi.GDT_ENTRY_TLS_MIN):
-            self._table.load(index, low, high)
+        self._load_descriptors(address, abi.GDT_ENTRY_TLS_MIN, abi.GDT_ENTRY_TLS_ENTRIES)
 
     def _notify(self, address: int, a2: int, a3: int, a4: int) -> None:
         self._guest.event = Notify(address)
 
     def _load_gdt(self, address: int, count: int, a3: int, a4: int) -> None:
-        guest = self._guest
         if count > abi.GDT_ENTRIES:
             raise GuestKilled(f"too many gdt entries {count}")
-        guest.check_range(address, _DESCRIPTOR_BYTES * count, "read")
-        raw = bytes(guest.memory[address : address + _DESCRIPTOR_BYTES * count])
-        for index, (low, high) in enumerate(struct.iter_unpack("<II", raw)):
+        self._load_descriptors(address, 0, count)
+
+    def _load_descriptors(self, address: int, first: int, count: int) -> None:
+        """Load `count` descriptors at the guest-physical `address` into the GDT from its entry `first` on."""
+        guest, size = self._guest, _DESCRIPTOR_BYTES * count
+        guest.check_range(address, size, "read")
+        raw = bytes(guest.memory[address : address + size])
+        for index, (low, high) in enumerate(struct.iter_unpack("<II", raw), first):
             self._table.load(index, low, high)
 
     def _load_gdt_entry(self, index: int, low: int, high: int, a4: int) -> None:

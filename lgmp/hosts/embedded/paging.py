@@ -7,12 +7,19 @@ from __future__ import annotations
 
 from lgmp.hosts.embedded import abi
 from lgmp.hosts.embedded.state import GuestKilled
+from lgmp.memory import PAGE_SIZE
 
 
 def check_page_table_entry(entry: int, pfn_limit: int) -> None:
     """Raise GuestKilled for a present entry that names a page outside the guest, or a large page."""
     if entry & abi.PAGE_PRESENT and (entry & abi.PAGE_PSE or entry >> 12 >= pfn_limit):
         raise GuestKilled("bad page table entry")
+
+
+def check_page_directory(directory: int, pfn_limit: int) -> None:
+    """Raise GuestKilled unless this guest-physical address is that of a page of the guest's."""
+    if directory & (PAGE_SIZE - 1) or directory >> 12 >= pfn_limit:
+        raise GuestKilled(f"bad page directory {directory:#x}")
 
 
 def check_page_directory_entry(entry: int, pfn_limit: int) -> None:
