@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from lgmp.errors import LgmpError
 from lgmp.memory import DEVICE_PAGES, PAGE_SIZE, GuestMemory
@@ -32,8 +32,7 @@ def vring_pages(num: int) -> int:
     return -(-VringLayout.legacy_bytes(num) // PAGE_SIZE)
 
 
-@dataclass(frozen=True, slots=True)
-class QueueConfig:
+class QueueConfig(NamedTuple):
     """A virtqueue as struct lguest_vqconfig has it: descriptors, interrupt line, guest page number of its ring."""
 
     num: int
@@ -112,15 +111,13 @@ class BusDevice:
             self._view[queue.address : queue.address + queue.size] = bytes(queue.size)
 
 
-@dataclass(frozen=True, slots=True)
-class StatusNotify:
+class StatusNotify(NamedTuple):
     """The guest notified a device's descriptor: it resets the device, or (3.x) has written its status."""
 
     device: BusDevice
 
 
-@dataclass(frozen=True, slots=True)
-class QueueNotify:
+class QueueNotify(NamedTuple):
     """The guest notified a virtqueue: there is something in the ring of `device.queues[queue]`."""
 
     device: BusDevice

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from lgmp import __version__
 from lgmp.errors import LgmpError, say
-from lgmp.hosts.choice import GUEST_ABI_NAMES, HOSTS
+from lgmp.hosts.choice import GUEST_ABI_NAMES, HOSTS, LGUEST_ABI_NAMES, LGUEST_DEVICE
 
 if TYPE_CHECKING:
     from lgmp.devices import DeviceOption
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """\
 lgmp launches lguest guests: 32-bit Linux kernels built with CONFIG_LGUEST_GUEST.
-It needs no root and no kernel module, and every device of a guest is a process of its own.
+It needs no root and no kernel module, though it uses /dev/lguest where there is one, and every device of a guest is
+a process of its own.
 
 commands:
   run     boot a kernel: lgmp run [options] MEM KERNEL [ARG...]
@@ -187,7 +188,17 @@ def run_parser() -> argparse.ArgumentParser:
         "--host",
         choices=HOSTS,
         default="auto",
-        help="what runs the guest: the kernel's /dev/lguest (not yet) or the embedded host (default: what is there)",
+        help=f"what runs the guest: the kernel's {LGUEST_DEVICE} or the embedded host (default: the kernel's, where "
+        "it can be opened)",
+    )
+    parser.add_argument(
+        "--lguest-device", metavar="PATH", help=f"run the guest on this device (default: {LGUEST_DEVICE})"
+    )
+    parser.add_argument(
+        "--lguest-abi",
+        choices=LGUEST_ABI_NAMES,
+        default="auto",
+        help="how that device is spoken to: as in kernels from that version on (default: as the running kernel's is)",
     )
     parser.add_argument(
         "--guest-abi",
@@ -225,6 +236,8 @@ def _run(words: Sequence[str]) -> int:
         initrd=arguments.initrd,
         devices=tuple(arguments.devices),
         host=arguments.host,
+        lguest_device=arguments.lguest_device,
+        lguest_abi=arguments.lguest_abi,
         guest_abi=arguments.guest_abi,
         name=name,
         chroot=arguments.chroot,

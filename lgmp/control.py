@@ -6,11 +6,10 @@ replaced by another that goes on where it stopped. It holds nothing that a guest
 
 from __future__ import annotations
 
-import fcntl
 import mmap
 import os
 
-from lgmp.memory import F_ADD_SEALS, F_SEAL_GROW, F_SEAL_SEAL, F_SEAL_SHRINK
+from lgmp import shared_file
 
 CONTROL_PAGE_BYTES = 4096
 MAX_QUEUES = 32
@@ -38,10 +37,7 @@ class ControlPage:
     @classmethod
     def create(cls) -> ControlPage:
         """A fresh page: no features accepted, every ring at its start."""
-        fd = os.memfd_create("lgmp-control", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(fd, CONTROL_PAGE_BYTES)
-        fcntl.fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL)
-        return cls(fd)
+        return cls(shared_file.create("lgmp-control", CONTROL_PAGE_BYTES))
 
     @property
     def accepted_features(self) -> int:

@@ -10,8 +10,7 @@ import contextlib
 import os
 import stat
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from lgmp.disk import Disk
 from lgmp.errors import LgmpError
@@ -25,16 +24,14 @@ if TYPE_CHECKING:
     from lgmp.network import NetworkOption
 
 
-@dataclass(frozen=True, slots=True)
-class BlockOption:
+class BlockOption(NamedTuple):
     """One `--block`: the file or block device, and whether the guest may only read it."""
 
     path: str
     read_only: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class RngOption:
+class RngOption(NamedTuple):
     """One `--rng`: the file that random bytes come from."""
 
     path: str = RANDOM
@@ -43,8 +40,7 @@ class RngOption:
 DeviceOption: TypeAlias = "BlockOption | RngOption | NetworkOption"
 
 
-@dataclass(frozen=True, slots=True)
-class Model:
+class Model(NamedTuple):
     """A device before it is on the bus. `on_started` is to be called once its worker runs, `details` are for people."""
 
     name: str

@@ -7,13 +7,16 @@ import os
 import platform
 import resource
 import shutil
+import struct
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lgmp.errors import LgmpError
-from lgmp.hosts.choice import LGUEST_DEVICE
+from lgmp.hosts import GuestStart
+from lgmp.hosts.choice import LGUEST_DEVICE, choose
+from lgmp.hosts.embedded.abi import LATEST
 from lgmp.mailbox import MAILBOX_MESSAGE_BYTES, MAILBOX_MESSAGES, MQUEUE_DIRECTORY, Mailbox, queue_name
 from lgmp.memory import GuestMemory
 from lgmp.network import PASST
@@ -55,20 +58,14 @@ def examine() -> Iterator[Finding]:
     """Everything there is to know, in the order in which it matters."""
     yield Finding(
         "machine",
-        platform.machine() == "x86_64" and sys.platform == "linux",
-        f"{platform.system()} {platform.release()} on {platform.machine()}, Python {platform.python_version()}",
-        "lgmp needs Linux on x86-64",
+        platform.machine() in ("x86_64", "i386", "i486", "i586", "i686") and sys.platform == "linux",
+        f"{platform.system()} {platform.release()} on {platform.machine()}, Python {platform.python_version()} "
+        f"of {struct.calcsize('P') * 8} bits",
+        "lgmp needs Linux on x86",
         needed=True,
     )
-    yield _try("guest memory", "sealed memfd, mapped shared", _guest_memory)
-    yield _try("embedded host", "Unicorn is there and its CPU state is where it should be", _embedded_host)
-    yield _fast_stores()
-    yield Finding(
-        "kernel host",
-        False,
-        f"{LGUEST_DEVICE} is there" if os.path.exists(LGUEST_DEVICE) else f"no {LGUEST_DEVICE}",
-        "nothing to do: guests run on the embedded host (lgmp cannot use the kernel's yet)",
-    )
+    yield _try("guest memory", "can be made and mapped shared", _guest_memory)
+    yield from _hosts()
     yield _try("message queues", "can be made", _message_queue)
     yield from _message_queue_limits()
     mounted = os.path.ismount(MQUEUE_DIRECTORY)
@@ -81,6 +78,40 @@ def examine() -> Iterator[Finding]:
     yield from _networks()
     cores = len(os.sched_getaffinity(0))
     yield Finding("processors", cores > 1, f"{cores} usable", "guests and their devices take turns on one")
+
+
+def _hosts() -> Iterator[Finding]:
+    """The two hosts: one of them has to be fine."""
+    kernel = _kernel_host()
+    embedded = _try("embedded host", "Unicorn is there and its CPU state is where it should be", _embedded_host)
+    if kernel.fine:
+        yield kernel
+        yield replace(embedded, needed=False, remedy="nothing to do: guests run on the kernel's host")
+    else:
+        yield replace(kernel, remedy="nothing to do: guests run on the embedded host" if embedded.fine else "")
+        yield embedded
+    if embedded.fine:
+        yield _fast_stores()
+
+
+def _kernel_host() -> Finding:
+    """Whether the lg module takes a guest: one of a few pages, that never runs."""
+    if not os.path.exists(LGUEST_DEVICE):
+        return Finding(
+            "kernel host", False, f"no {LGUEST_DEVICE} (32-bit kernels of 2.6.25 to 3.19 with CONFIG_LGUEST have it)"
+        )
+    try:
+        kind = choose("kernel")
+        try:
+            with GuestMemory.create(1 << 20) as memory:
+                directory = 0 if kind.wants_page_tables(LATEST) else None
+                kind.make(GuestStart(memory, memory.ram_bytes, 0, LATEST, directory, 1)).close()
+        finally:
+            kind.close()
+    except LgmpError as error:
+        return Finding("kernel host", False, str(error))
+    how = "kicks go straight to the workers" if kind.takes_kicks else "as kernels to 2.6.30 have it"
+    return Finding("kernel host", True, f"{LGUEST_DEVICE} takes guests; {how}")
 
 
 def _networks() -> Iterator[Finding]:

@@ -10,10 +10,9 @@ import contextlib
 import os
 import select
 import signal
-import socket
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from lgmp import errors, hosts
 from lgmp.bus import BusDevice, LguestBus, QueueNotify, StatusNotify, vring_pages
@@ -51,12 +50,11 @@ _LOOK_UP_MILLISECONDS = 100
 _ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
-@dataclass(frozen=True, slots=True)
-class GuestOptions:
+class GuestOptions(NamedTuple):
     """What to launch.
 
-    `memory_bytes` is RAM in bytes, whole pages; `chroot` and `username` are for the workers; `on_running` is called
-    before the guest's first instruction.
+    `memory_bytes` is RAM in bytes, whole pages; `host`, `lguest_device` and `lguest_abi` are as hosts/choice.py has
+    them; `chroot` and `username` are for the workers; `on_running` is called before the guest's first instruction.
     """
 
     memory_bytes: int
@@ -65,6 +63,8 @@ class GuestOptions:
     initrd: str | None = None
     devices: tuple[DeviceOption, ...] = ()
     host: str = "auto"
+    lguest_device: str | None = None
+    lguest_abi: str = "auto"
     guest_abi: str = "auto"
     name: str | None = None
     chroot: str | None = None
@@ -73,15 +73,13 @@ class GuestOptions:
     on_running: Callable[[Running], None] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Running:
+class Running(NamedTuple):
     """What runs, as soon as it does: `workers` are (device name, process id)."""
 
     workers: tuple[tuple[str, int], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class End:
+class End(NamedTuple):
     """How a launch ended: the exit code, and what to say, if anything. `reboot`: the guest wants to start again."""
 
     code: int
@@ -127,7 +125,8 @@ class Launch:
     def run(self) -> End:
         """Build the guest, run it, take it down."""
         options, stack = self._options, self._stack
-        kind = choice.choose(options.host)
+        kind = choice.choose(options.host, options.lguest_device, options.lguest_abi)
+        stack.callback(kind.close)
         confinement = Confinement.check(options.chroot, options.username)
         sweep_stale_queues()
         models = open_devices(options.devices, stack)
@@ -137,17 +136,17 @@ class Launch:
         self._bus = bus
         # Before the workers, which start while the kernel is loaded; the guest sees neither until it runs.
         waker = Waker()
+        # Before there is a queue that a signal could leave behind.
+        self._catch_signals(waker)
         self._supervisor = supervisor = Supervisor(
             memory,
             self._name,
             waker,
+            self,
             options=("--program", errors.program, *confinement.options()),
-            on_used=self._break_in,
-            on_quit=lambda: self._finish(End(EXIT_QUIT, patience=_PATIENCE)),
-            on_failure=self._fail,
+            takes_kicks=kind.takes_kicks,
         )
         stack.callback(supervisor.close)
-        self._catch_signals(waker)
         # Last, so that it is closed first: nothing that it watches goes away under it.
         stack.callback(waker.close)
         terminal = RawTerminal.enter(sys.stdin.fileno()) if sys.stdin else None
@@ -157,14 +156,18 @@ class Launch:
         _set_title(f"lgmp: {os.path.basename(options.kernel)} {options.memory_bytes >> 20}M ({self._name})")
         loaded = load_guest(memory, options.kernel, options.initrd, options.arguments)
         guest_abi = choice.choose_abi(options.guest_abi, loaded.linux_version, options.kernel)
-        directory = map_memory(memory, loaded) if guest_abi.starts_paged else None
+        directory = map_memory(memory, loaded) if kind.wants_page_tables(guest_abi) else None
         self._status_notify = guest_abi.status_notify
-        self._describe(bus, loaded, kind, guest_abi)
+        self._describe(bus, loaded, kind.name, guest_abi)
         if confinement:
             self._say(f"workers: {confinement}")
-        host = choice.make(kind, memory, bus.guest_limit, loaded.entry, guest_abi, directory)
+        irqs = max(irq for _avail, irq in self._rings.values())
+        host = kind.make(hosts.GuestStart(memory, bus.guest_limit, loaded.entry, guest_abi, directory, irqs))
         self._host = host
         stack.callback(host.close)
+        # Once more: the waker has to end before the host does as well.
+        stack.callback(waker.close)
+        self._connect_kicks(host)
         waker.start()
         if options.on_running is not None:
             options.on_running(
@@ -229,7 +232,8 @@ class Launch:
                 case hosts.Notify():
                     self._notified(event.address)
                 case hosts.Break():
-                    self._send_interrupts(host)
+                    if not host.irq_from_any_thread:
+                        self._send_interrupts(host)
                 case hosts.Died():
                     if event.reason == POWER_DOWN:
                         self._say(f"guest {self._name}: powered off")
@@ -245,13 +249,7 @@ class Launch:
         target = self._bus.find(address)
         match target:
             case QueueNotify():
-                if target.device.status == 0:
-                    say(f"{target.device.name} gave early output")
-                    return
-                worker = self._worker_of(target.device)
-                self._supervisor.kick(worker)
-                if self._options.verbose:
-                    self._announce_driver(worker.device)
+                self.kicked(self._worker_of(target.device))
             case StatusNotify():
                 worker = self._worker_of(target.device)
                 if target.device.status == 0 or not self._status_notify:
@@ -263,6 +261,18 @@ class Launch:
             case None:
                 self._early_console(address)
 
+    def kicked(self, worker: Worker) -> None:
+        """The driver notified a queue of its device.
+
+        In the guest's thread; or in the waker where kicks go straight to the worker, and it has not begun yet.
+        """
+        if worker.device.status == 0:
+            say(f"{worker.device.name} gave early output")
+            return
+        self._supervisor.kick(worker)
+        if self._options.verbose:
+            self._announce_driver(worker.device)
+
     def _announce_driver(self, device: BusDevice) -> None:
         """Say, once until the next reset, what a driver made of its device."""
         if device.index not in self._announced:
@@ -273,8 +283,7 @@ class Launch:
     def _reset(self, worker: Worker) -> None:
         self._say(f"device {worker.device.index}: {worker.device.name} reset")
         self._announced.discard(worker.device.index)
-        if self._supervisor.reset(worker, give_up=lambda: self._end is not None):
-            worker.device.reset()
+        self._supervisor.reset(worker, give_up=lambda: self._end is not None)
 
     def _early_console(self, address: int) -> None:
         """Before it has a console the guest notifies the address of NUL-terminated text."""
@@ -300,8 +309,26 @@ class Launch:
             except OSError:
                 return
 
+    def used(self) -> None:
+        """In the waker: rings got used elements."""
+        host = self._host
+        if host is None:
+            return  # no guest yet: some worker made that up
+        if host.irq_from_any_thread:
+            self._send_interrupts(host)
+        else:
+            host.break_in()
+
+    def _connect_kicks(self, host: hosts.Host) -> None:
+        """Have the guest's kicks go straight to the workers, where the host can do that."""
+        for worker in self._supervisor.workers:
+            if worker.kick_descriptor is not None:
+                direct = all(host.kicks_to(queue.address, worker.kick_descriptor) for queue in worker.device.queues)
+                way = "eventfd" if direct else "launcher"
+                self._say(f"device {worker.device.index}: {worker.device.name} kicks={way}")
+
     def _send_interrupts(self, host: hosts.Host) -> None:
-        """Interrupts for the rings that got used elements, decided here, where the guest stands still."""
+        """Interrupts for the rings that got used elements: in the thread that may send them."""
         used, view = self._supervisor.used, self._memory.view
         while used:
             index, number = used.pop()
@@ -322,30 +349,26 @@ class Launch:
             self._end = end
         self._break_in()
 
-    def _fail(self, text: str) -> None:
+    def quit(self) -> None:
+        """In the waker: the user asked for the end."""
+        self._finish(End(EXIT_QUIT, patience=_PATIENCE))
+
+    def failed(self, text: str) -> None:
+        """In the waker: the guest has to end."""
         self._finish(End(EXIT_FAILED, text, patience=_PATIENCE))
 
     def _catch_signals(self, waker: Waker) -> None:
         """Have the waker hear of signals; Python's own handlers would wait for the guest's thread."""
-        ours, theirs = socket.socketpair()
-        ours.setblocking(False)
-        theirs.setblocking(False)
-        self._stack.callback(ours.close)
-        self._stack.callback(theirs.close)
 
-        def caught() -> None:
-            for number in ours.recv(64):
-                if number in _ENDING_SIGNALS:
-                    if self._end is not None:
-                        self._supervisor.kill()
-                    self._finish(End(128 + number, patience=_PATIENCE))
+        def caught(number: int) -> None:
+            if self._end is not None:
+                self._supervisor.kill()
+            self._finish(End(128 + number, patience=_PATIENCE))
 
-        waker.watch(ours.fileno(), caught)
-        old_descriptor = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
-        self._stack.callback(signal.set_wakeup_fd, old_descriptor)
         for number in _ENDING_SIGNALS:
             if signal.getsignal(number) == signal.SIG_IGN:
                 continue  # nohup: whoever started us wants it so
+            waker.on_signal(number, caught)
             # Not undone at the end: from then on it is launch() that looks at what came.
             signal.signal(number, lambda number, _frame: self.signals.append(number))
 

@@ -12,6 +12,7 @@ name once the worker has said READY, so that nothing is left behind even when ev
 from __future__ import annotations
 
 import os
+import select
 from enum import IntEnum
 
 import msgpack
@@ -50,6 +51,7 @@ class ToLauncher(IntEnum):
     RESET_DONE = 3  # [RESET_DONE, device]
     QUIT = 4  # [QUIT, device]: the user asked for the end of the guest (three ^C)
     FAILED = 5  # [FAILED, device, text]: the device cannot go on; the worker exits after this
+    KICKED = 6  # [KICKED, device]: kicked past the launcher, but not told yet that the driver has begun: KICK if so
 
 
 def queue_name(launcher_pid: int, what: str) -> str:
@@ -98,16 +100,24 @@ class Mailbox:
 
     A signal does not end a wait. Its Python handler runs, but what that raises is lost in posix_ipc; who wants to raise
     something sets `on_signal`, which is called after the handler and whose exception does end the wait.
+
+    A `polled` end never waits in the queue itself: what waits there is a poll(2). Its `post` and `take` are one system
+    call each, where others look at the clock as well (a system call of its own on old machines).
     """
 
-    def __init__(self, queue: posix_ipc.MessageQueue, name: str) -> None:
+    def __init__(self, queue: posix_ipc.MessageQueue, name: str, polled: bool) -> None:
         """Take an open queue; `create` and `open` are what callers want."""
         self.on_signal: Callable[[], None] = _go_on
         self._queue = queue
         self.name = name
+        self._polled = polled
+        # The timeout of a send and a receive that do not wait.
+        self._at_once = None if polled else 0
+        if polled:
+            queue.block = False
 
     @classmethod
-    def create(cls, name: str, messages: int, message_bytes: int) -> Mailbox:
+    def create(cls, name: str, messages: int, message_bytes: int, polled: bool = False) -> Mailbox:
         """Make the queue `name`, its owner's alone, for `messages` messages of at most `message_bytes` bytes.
 
         Raises LgmpError where the system's or the user's limits forbid it. A leftover of the same name (from a
@@ -124,13 +134,13 @@ class Mailbox:
             raise LgmpError(
                 f"cannot make the message queue {name}: {error}; see `ulimit -q` and /proc/sys/fs/mqueue"
             ) from error
-        return cls(queue, name)
+        return cls(queue, name, polled)
 
     @classmethod
-    def open(cls, name: str) -> Mailbox:
+    def open(cls, name: str, polled: bool = False) -> Mailbox:
         """Open the existing queue `name`. Raises LgmpError where there is none or it is another user's."""
         try:
-            return cls(posix_ipc.MessageQueue(name), name)
+            return cls(posix_ipc.MessageQueue(name), name, polled)
         except (OSError, posix_ipc.Error) as error:
             raise LgmpError(f"cannot open the message queue {name}: {error}") from error
 
@@ -143,7 +153,7 @@ class Mailbox:
         """Send without waiting; False where the queue is full."""
         while True:
             try:
-                self._queue.send(raw, timeout=0)
+                self._queue.send(raw, timeout=self._at_once)
             except posix_ipc.BusyError:
                 return False
             except posix_ipc.SignalError:
@@ -153,6 +163,11 @@ class Mailbox:
 
     def send(self, raw: bytes, timeout: float | None = None) -> bool:
         """Send, waiting for room; `timeout` in seconds (None: for ever); False where it ran out."""
+        while self._polled:
+            if self.post(raw):
+                return True
+            if not self._poll(select.POLLOUT, timeout):
+                return False
         while True:
             try:
                 self._queue.send(raw, timeout=timeout)
@@ -167,7 +182,7 @@ class Mailbox:
         """Receive without waiting; None where there is nothing."""
         while True:
             try:
-                raw: bytes = self._queue.receive(timeout=0)[0]
+                raw: bytes = self._queue.receive(timeout=self._at_once)[0]
             except posix_ipc.BusyError:
                 return None
             except posix_ipc.SignalError:
@@ -177,25 +192,31 @@ class Mailbox:
 
     def receive(self) -> bytes:
         """Receive, waiting for a message."""
-        while True:
-            try:
-                raw: bytes = self._queue.receive()[0]
-            except posix_ipc.SignalError:
-                self.on_signal()
-                continue
-            return raw
+        while (raw := self.wait(None)) is None:
+            pass
+        return raw
 
-    def wait(self, timeout: float) -> bytes | None:
-        """Receive, waiting `timeout` seconds at most; None where nothing came."""
+    def wait(self, timeout: float | None) -> bytes | None:
+        """Receive, waiting `timeout` seconds at most (None: for ever); None where nothing came."""
+        while self._polled:
+            raw = self.take()
+            if raw is not None or not self._poll(select.POLLIN, timeout):
+                return raw
         while True:
             try:
-                raw: bytes = self._queue.receive(timeout=timeout)[0]
+                received: bytes = self._queue.receive(timeout=timeout)[0]
             except posix_ipc.BusyError:
                 return None
             except posix_ipc.SignalError:
                 self.on_signal()
                 continue
-            return raw
+            return received
+
+    def _poll(self, events: int, timeout: float | None) -> bool:
+        """Wait for room or a message, whoever takes it; False where the time ran out."""
+        poll = select.poll()
+        poll.register(self.fileno(), events)
+        return bool(poll.poll(None if timeout is None else timeout * 1000))
 
     def unlink(self) -> None:
         """Take the queue's name away; who has it open keeps it. A name that is gone already is fine."""

@@ -1,28 +1,23 @@
-"""Guest memory: one sealed memfd, mapped shared by the launcher and by every worker.
+"""Guest memory: one shared file, mapped by the launcher and by every worker.
 
 Guest-physical address = offset in the file. RAM is 0..ram_bytes; the pages of the devices (the
 descriptor page, then the rings) lie right above it, as in every launcher lguest ever had. The file is
-sealed against shrinking, so that no process that holds it can make another's access a SIGBUS.
+sealed against shrinking where there are seals, so that no process that holds it can make another's access a SIGBUS.
 """
 
 from __future__ import annotations
 
-import fcntl
 import mmap
 import os
+import sys
 from types import TracebackType
 
+from lgmp import shared_file
 from lgmp.errors import LgmpError
 
 PAGE_SIZE = 4096
 # The seed launcher's DEVICE_PAGES: the descriptor page and the rings share these.
 DEVICE_PAGES = 256
-
-# linux/fcntl.h; Python's fcntl has the names only where its libc had them at build time.
-F_ADD_SEALS = 1024 + 9
-F_SEAL_SEAL = 0x0001
-F_SEAL_SHRINK = 0x0002
-F_SEAL_GROW = 0x0004
 
 
 class GuestMemory:
@@ -55,19 +50,22 @@ class GuestMemory:
     def create(cls, ram_bytes: int, device_pages: int = DEVICE_PAGES) -> GuestMemory:
         """Make the memory of a new guest: `ram_bytes` (a multiple of 4096) of zeros and room for its device pages.
 
-        Raises LgmpError where the kernel refuses.
+        Raises LgmpError where the kernel refuses, and for what a 32-bit Python cannot map.
         """
         if ram_bytes <= 0 or ram_bytes % PAGE_SIZE:
             raise ValueError(f"{ram_bytes} bytes of RAM is not a positive number of whole pages")
         size = ram_bytes + device_pages * PAGE_SIZE
-        fd = os.memfd_create("lgmp-guest", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        if size > sys.maxsize:
+            raise LgmpError(
+                f"cannot make {size >> 20} MiB of guest memory: a 32-bit Python can use less than "
+                f"{(sys.maxsize >> 20) + 1} MiB; try less MEM"
+            )
         try:
-            os.ftruncate(fd, size)
-            fcntl.fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL)
-            return cls(fd, ram_bytes)
+            fd = shared_file.create("lgmp-guest", size)
         except (OSError, OverflowError) as error:
-            os.close(fd)
             raise LgmpError(f"cannot make {size >> 20} MiB of guest memory: {error}; try less MEM") from error
+        try:
+            return cls(fd, ram_bytes)
         except LgmpError:
             os.close(fd)
             raise

@@ -20,11 +20,10 @@ import re
 import socket
 import struct
 import subprocess
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
-from lgmp import tap
+from lgmp import shared_file, tap
 from lgmp.errors import LgmpError
 from lgmp.virtio.net import HEADER_BYTES, HOST_OFFLOADS, MAC_BYTES
 
@@ -54,8 +53,7 @@ _ARP_REQUEST = 1
 _ARP_REPLY = 2
 
 
-@dataclass(frozen=True, slots=True)
-class TapOption:
+class TapOption(NamedTuple):
     """One `--tunnet`: the address that the tap gets, or the bridge that it joins; the guest's MAC if it is chosen."""
 
     address: ipaddress.IPv4Interface | None = None
@@ -79,8 +77,7 @@ class TapOption:
         return cls(address=_parse_address(text, address), mac=_parse_mac(text, mac) if colon else None)
 
 
-@dataclass(frozen=True, slots=True)
-class UserOption:
+class UserOption(NamedTuple):
     """One `--net user`."""
 
 
@@ -339,7 +336,7 @@ class UserNetwork(Network):
             ours, theirs = socket.socketpair()
             undo.callback(ours.close)
             undo.callback(theirs.close)
-            said = os.memfd_create("passt-stderr", os.MFD_CLOEXEC)
+            said = shared_file.create("passt-stderr")
             undo.callback(os.close, said)
             try:
                 process = subprocess.Popen(

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 from lgmp.bus import BusDevice
 from lgmp.control import ControlPage
@@ -52,8 +52,7 @@ _HELD_BACK_WHILE_STARTING = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerSpecification:
+class WorkerSpecification(NamedTuple):
     """What to start: `module` for `python -m`, the device's own `options`, the descriptors to inherit."""
 
     module: str
@@ -62,21 +61,31 @@ class WorkerSpecification:
     has_terminal: bool = False  # whether stdin and stdout are its own to use
 
 
-@dataclass(slots=True)
 class Worker:
     """One worker and what belongs to it."""
 
-    device: BusDevice
-    process: subprocess.Popen[bytes]
-    mailbox: Mailbox
-    control: ControlPage
-    pidfd: int
-    ended: threading.Event = field(default_factory=threading.Event)
-    reset_done: threading.Event = field(default_factory=threading.Event)
-    ready: bool = False
-    failure: str | None = None
-    # Whether the driver has begun to work with what it accepted, which is in the control page then.
-    negotiated: bool = False
+    def __init__(
+        self, device: BusDevice, process: subprocess.Popen[bytes], mailbox: Mailbox, control: ControlPage
+    ) -> None:
+        """It has been started just now."""
+        self.device = device
+        self.process = process
+        self.mailbox = mailbox
+        self.control = control
+        # What tells of its end; None: SIGCHLD does.
+        self.pidfd: int | None = None
+        # An eventfd that the guest's kicks may come in by, past the launcher.
+        self.kick_descriptor: int | None = None
+        self.ended = threading.Event()
+        self.reset_done = threading.Event()
+        self.ready = False
+        self.failure: str | None = None
+        # Held while one thread sends a kick or begins a reset.
+        self.lock = threading.Lock()
+        # Whether a reset is under way: until it is over, the rings are nobody's.
+        self.resetting = False
+        # Whether the driver has begun to work with what it accepted, which is in the control page then.
+        self.negotiated = False
 
     @property
     def title(self) -> str:
@@ -97,6 +106,22 @@ class Worker:
         return f"{self.title} exited with code {code}"
 
 
+class Listener(Protocol):
+    """Who hears of the workers. All of it is called in the waker's thread."""
+
+    def used(self) -> None:
+        """There is something in `Supervisor.used`."""
+
+    def kicked(self, worker: Worker) -> None:
+        """Its guest kicked a worker past the launcher, and the worker does not know of a driver yet: kick it if so."""
+
+    def quit(self) -> None:
+        """The user asked for the end of the guest."""
+
+    def failed(self, text: str) -> None:
+        """A worker ended that should not have, or sent what makes no sense."""
+
+
 class Supervisor:
     """The workers of one guest."""
 
@@ -105,24 +130,22 @@ class Supervisor:
         memory: GuestMemory,
         guest_name: str,
         waker: Waker,
+        listener: Listener,
         *,
         options: Sequence[str] = (),
-        on_used: Callable[[], None],
-        on_quit: Callable[[], None],
-        on_failure: Callable[[str], None],
+        takes_kicks: bool = False,
     ) -> None:
-        """Nothing runs yet; `options` go to every worker. The three functions are called in the waker's thread.
+        """Nothing runs yet; `options` go to every worker.
 
-        `on_used()`: there is something in `used`; `on_quit()`: the user asked for the end; `on_failure(text)`: a worker
-        ended that should not have, or sent what makes no sense. Raises LgmpError where no message queue can be had.
+        `takes_kicks`: each worker is given an eventfd for the guest's kicks, where this machine has eventfds. Raises
+        LgmpError where no message queue can be had.
         """
         self._memory = memory
         self._guest_name = guest_name
         self._waker = waker
         self._options = options
-        self._on_used = on_used
-        self._on_quit = on_quit
-        self._on_failure = on_failure
+        self._takes_kicks = takes_kicks and hasattr(os, "eventfd")
+        self._listener = listener
         self._stopping = False
         self.workers: list[Worker] = []
         # Which rings got used elements since the guest's thread looked: (device index, queue number).
@@ -130,9 +153,15 @@ class Supervisor:
         # The numbers of the signals that workers were killed by.
         self.killed_by: set[int] = set()
         self._completions = Mailbox.create(
-            queue_name(os.getpid(), "done"), COMPLETION_MESSAGES, COMPLETION_MESSAGE_BYTES
+            queue_name(os.getpid(), "done"), COMPLETION_MESSAGES, COMPLETION_MESSAGE_BYTES, polled=True
         )
         waker.watch(self._completions.fileno(), self._take_completions)
+        self._has_pidfds = _has_pidfds()
+        if not self._has_pidfds:
+            # Before the first worker, so that the end of none is missed.
+            waker.on_signal(signal.SIGCHLD, lambda _number: self._see_ends())
+            self._old_child_handler = signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
 
     def start(self, device: BusDevice, specification: WorkerSpecification) -> Worker:
         """Start the worker of `device`, whose index must be the number of workers so far. Before the waker starts.
@@ -140,18 +169,29 @@ class Supervisor:
         Raises LgmpError where it cannot be started.
         """
         with contextlib.ExitStack() as undo:
-            mailbox = Mailbox.create(queue_name(os.getpid(), device.name), MAILBOX_MESSAGES, MAILBOX_MESSAGE_BYTES)
+            mailbox = Mailbox.create(
+                queue_name(os.getpid(), device.name), MAILBOX_MESSAGES, MAILBOX_MESSAGE_BYTES, polled=True
+            )
             undo.callback(mailbox.close)
             undo.callback(mailbox.unlink)
             control = ControlPage.create()
             undo.callback(control.close)
+            kick_descriptor = None
+            if self._takes_kicks:
+                kick_descriptor = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+                undo.callback(os.close, kick_descriptor)
+                specification = _with_kicks(specification, kick_descriptor)
             process = self._spawn(device, specification, mailbox, control)
             undo.callback(process.wait)
             undo.callback(process.kill)
-            worker = Worker(device, process, mailbox, control, os.pidfd_open(process.pid))
+            worker = Worker(device, process, mailbox, control)
+            worker.kick_descriptor = kick_descriptor
+            if self._has_pidfds:
+                worker.pidfd = os.pidfd_open(process.pid)
             undo.pop_all()
         self.workers.append(worker)
-        self._waker.watch(worker.pidfd, lambda: self._see_end(worker))
+        if worker.pidfd is not None:
+            self._waker.watch(worker.pidfd, lambda: self._see_end(worker))
         return worker
 
     def _spawn(
@@ -187,29 +227,43 @@ class Supervisor:
 
     def kick(self, worker: Worker) -> None:
         """Have a worker look at its rings. Never blocks: a full mailbox means that a kick waits there already."""
-        if not worker.negotiated:
-            # Before 3.x a driver writes what it accepts after the last status that it tells of before its first kick.
-            self.negotiated(worker)
-            worker.negotiated = True
-        worker.mailbox.post(_KICK)
+        with worker.lock:
+            if worker.resetting:
+                return  # what was kicked is gone
+            if not worker.negotiated:
+                # Before 3.x a driver writes what it accepts after the last status that it tells of, before its first
+                # kick.
+                self.negotiated(worker)
+                worker.negotiated = True
+            worker.mailbox.post(_KICK)
 
     def negotiated(self, worker: Worker) -> None:
         """Tell a worker what its driver accepted, as the driver has written it by now, of what was offered."""
         worker.control.accepted_features = worker.device.accepted_features
 
-    def reset(self, worker: Worker, give_up: Callable[[], bool]) -> bool:
-        """Have a worker let go of its rings, and wait until it has; False where it ended instead, or `give_up()`.
+    def reset(self, worker: Worker, give_up: Callable[[], bool]) -> None:
+        """Reset a device: have its worker let go of its rings, wait until it has, and put the device back to its start.
 
-        The guest's thread calls this while the guest waits in its NOTIFY.
+        The guest's thread calls this while the guest waits in its NOTIFY. Where the worker ended instead, or
+        `give_up()`, nothing more is done: the guest is about to end.
         """
+        with worker.lock:
+            worker.resetting = True
+        try:
+            if self._let_go(worker, give_up):
+                worker.device.reset()
+                worker.negotiated = False
+        finally:
+            worker.resetting = False
+
+    def _let_go(self, worker: Worker, give_up: Callable[[], bool]) -> bool:
         worker.reset_done.clear()
         if not self._send(worker, _RESET, give_up):
             return False
         while not worker.reset_done.wait(0.1):
             if worker.ended.is_set() or give_up():
                 return False
-        self.used.difference_update([used for used in self.used if used[0] == worker.device.index])
-        worker.negotiated = False
+        self.used.difference_update([used for used in self.used.copy() if used[0] == worker.device.index])
         return True
 
     def stop(self, patience: float | None) -> None:
@@ -247,8 +301,13 @@ class Supervisor:
                 worker.process.wait()
             worker.mailbox.unlink()
             worker.mailbox.close()
-            os.close(worker.pidfd)
+            if worker.pidfd is not None:
+                os.close(worker.pidfd)
+            if worker.kick_descriptor is not None:
+                os.close(worker.kick_descriptor)
             worker.control.close()
+        if not self._has_pidfds:
+            signal.signal(signal.SIGCHLD, self._old_child_handler or signal.SIG_DFL)
         self._completions.unlink()
         self._completions.close()
 
@@ -266,9 +325,9 @@ class Supervisor:
             try:
                 used |= self._heard(unpack(raw))
             except (ValueError, IndexError, TypeError):
-                self._on_failure(f"a worker sent a message that makes no sense: {raw[:32]!r}")
+                self._listener.failed(f"a worker sent a message that makes no sense: {raw[:32]!r}")
         if used:
-            self._on_used()
+            self._listener.used()
 
     def _heard(self, message: Sequence[int | str]) -> bool:
         """One message; whether it says that a ring has used elements.
@@ -293,26 +352,51 @@ class Supervisor:
                     self._completions.unlink()
             case ToLauncher.RESET_DONE:
                 worker.reset_done.set()
+            case ToLauncher.KICKED:
+                self._listener.kicked(worker)
             case ToLauncher.QUIT:
-                self._on_quit()
+                self._listener.quit()
             case ToLauncher.FAILED:
                 worker.failure = str(message[2])
         return False
+
+    def _see_ends(self) -> None:
+        """In the waker, where there are no pidfds: a child has ended, or was stopped, or goes on."""
+        for worker in self.workers:
+            if not worker.ended.is_set():
+                self._see_end(worker)
 
     def _see_end(self, worker: Worker) -> None:
         """In the waker: a worker has ended. What it said last comes first."""
         if worker.process.poll() is None:
             return
-        self._waker.forget(worker.pidfd)
+        if worker.pidfd is not None:
+            self._waker.forget(worker.pidfd)
         self._take_completions()
         worker.mailbox.unlink()
         worker.ended.set()
         if worker.process.returncode and worker.process.returncode < 0:
             self.killed_by.add(-worker.process.returncode)
         if not self._stopping:
-            self._on_failure(worker.describe_end())
+            self._listener.failed(worker.describe_end())
         elif worker.process.returncode and worker.failure is not None:
-            self._on_failure(worker.failure)
+            self._listener.failed(worker.failure)
+
+
+def _has_pidfds() -> bool:
+    """Whether the end of a process can be watched by a descriptor: since Linux 5.3, where Python's libc knew of it."""
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except (AttributeError, OSError):
+        return False
+    return True
+
+
+def _with_kicks(specification: WorkerSpecification, descriptor: int) -> WorkerSpecification:
+    return specification._replace(
+        options=("--kick-fd", str(descriptor), *specification.options),
+        descriptors=(descriptor, *specification.descriptors),
+    )
 
 
 def _queue_options(device: BusDevice) -> Iterable[str]:

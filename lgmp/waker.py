@@ -6,10 +6,17 @@ launcher's attention are descriptors here; each has a function that is called, i
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
+import signal
 import threading
 from collections.abc import Callable
+
+# Linux's pipes hold this much; none that comes while one is full is heard of.
+_PIPE_BYTES = 1 << 16
+# What is written where no signal came: there is none of this number.
+_DOORBELL = b"\0"
 
 
 class Waker:
@@ -19,11 +26,16 @@ class Waker:
         """Nothing is watched yet, and the thread does not run."""
         self._poll = select.poll()
         self._handlers: dict[int, Callable[[], None]] = {}
-        self._doorbell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._signal_handlers: dict[int, Callable[[int], None]] = {}
+        self._old_wakeup_descriptor: int | None = None
         self._closing = False
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="lgmp-waker", daemon=True)
-        self.watch(self._doorbell, lambda: os.eventfd_read(self._doorbell))
+        # The numbers of the signals that came, and the doorbell of `close`.
+        self._heard, self._bell = os.pipe()
+        for descriptor in (self._heard, self._bell):
+            os.set_blocking(descriptor, False)
+        self.watch(self._heard, self._hear)
 
     def watch(self, descriptor: int, handler: Callable[[], object]) -> None:
         """Call `handler` whenever `descriptor` is readable or at its end. Before `start`, or from a handler."""
@@ -39,19 +51,45 @@ class Waker:
         self._poll.unregister(descriptor)
         del self._handlers[descriptor]
 
+    def on_signal(self, number: int, handler: Callable[[int], None]) -> None:
+        """Call `handler(number)` for each signal `number` that has a Python handler, which would wait for the guest.
+
+        That one is the caller's to set, after this. SIGCHLD's is called once for many, and where more signals came than
+        the pipe takes: it looks for itself what there is, and nothing is lost. Before `start`, in the main thread.
+        """
+        if self._old_wakeup_descriptor is None:
+            self._old_wakeup_descriptor = signal.set_wakeup_fd(self._bell, warn_on_full_buffer=False)
+        self._signal_handlers[number] = handler
+
     def start(self) -> None:
         """Start the thread."""
         self._thread.start()
 
     def close(self) -> None:
-        """End the thread. Raises what a handler raised, if one did."""
+        """End the thread, in the main thread. Raises what a handler raised, if one did. May be called twice."""
+        if self._bell < 0:
+            return
         if self._thread.is_alive():
             self._closing = True
-            os.eventfd_write(self._doorbell, 1)
+            with contextlib.suppress(BlockingIOError):  # full: it wakes up anyway
+                os.write(self._bell, _DOORBELL)
             self._thread.join()
-        os.close(self._doorbell)
+        if self._old_wakeup_descriptor is not None:
+            signal.set_wakeup_fd(self._old_wakeup_descriptor)
+        os.close(self._bell)
+        os.close(self._heard)
+        self._bell = -1
         if self._failure is not None:
             raise self._failure
+
+    def _hear(self) -> None:
+        heard = os.read(self._heard, _PIPE_BYTES)
+        for number in heard:
+            if number in self._signal_handlers and number != signal.SIGCHLD:
+                self._signal_handlers[number](number)
+        was_full = len(heard) == _PIPE_BYTES
+        if signal.SIGCHLD in self._signal_handlers and (was_full or signal.SIGCHLD in heard):
+            self._signal_handlers[signal.SIGCHLD](signal.SIGCHLD)
 
     def _run(self) -> None:
         try:

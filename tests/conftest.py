@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
+import launching
 import pytest
+from lguest_devices import LguestDevice, needs_lguest_device
+
+# What a guest can run on: the embedded host, and the kernel's in eras with and without eventfds. (2.6.30 is between.)
+# With each, the guests of that era.
+HOSTS = {"embedded": "", "kernel-2.6.25": "2.6.26", "kernel-2.6.31": "3.x"}
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -13,3 +20,30 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if os.environ.get("CI") == "true" and reporter is not None and reporter.stats.get("skipped"):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The marks there are."""
+    config.addinivalue_line("markers", "every_host: run on every host; guests are started by launching.launch")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run what is marked so once for each host."""
+    if metafunc.definition.get_closest_marker("every_host"):
+        hosts = [pytest.param(name, marks=needs_lguest_device if name.startswith("kernel") else ()) for name in HOSTS]
+        metafunc.parametrize("host", hosts, indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[LguestDevice | None]:
+    """What the test's guests run on: None for the embedded host, or the device."""
+    name = getattr(request, "param", "embedded")
+    if name == "embedded":
+        yield None
+        return
+    era = name.removeprefix("kernel-")
+    guests = HOSTS[name]
+    with LguestDevice(era) as device:
+        options = ("--host", "kernel", "--lguest-device", device.path, "--lguest-abi", era, "--guest-abi", guests)
+        monkeypatch.setattr(launching, "host", launching.Host(options, f"abi={guests} "))
+        yield device

@@ -17,6 +17,7 @@ import termios
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -336,9 +337,23 @@ def _stream(file: IO[bytes] | None) -> Stream | None:
     return None if file is None else Stream(file.fileno())
 
 
+@dataclass(frozen=True)
+class Host:
+    """What guests run on: more `options` for `lgmp run`, and a setting for the test guest (ends with a space)."""
+
+    options: tuple[str, ...] = ()
+    setting: str = ""
+
+
+# What `launch` takes: what is there. Tests marked `every_host` are run once for each host; conftest.py sets it.
+host = Host()
+
+
 def launch(commands: str, *options: str, **how: object) -> Launch:
     """A launcher whose test guest runs `commands`, ';' between them, then has its prompt."""
-    return Launch("run", MEM, GUEST, *options, *(("--", commands) if commands else ()), **how)  # type: ignore[arg-type]
+    commands = host.setting + commands
+    words = (*host.options, *options, *(("--", commands) if commands else ()))
+    return Launch("run", MEM, GUEST, *words, **how)  # type: ignore[arg-type]
 
 
 def run(commands: str, *options: str, **how: object) -> tuple[int, str, str]:

@@ -193,9 +193,8 @@ def test_system_calls_that_do_less_than_asked_are_continued(
 ) -> None:
     """preadv and pwritev may always do less; here they do at most `limit` bytes of the first segment."""
     preadv, pwritev = os.preadv, os.pwritev
-    monkeypatch.setattr("workers.block._preadv", lambda fd, into, at: preadv(fd, [into[0][:limit]], at))
-    monkeypatch.setattr(os, "preadv", lambda fd, into, at: preadv(fd, [into[0][:limit]], at))
-    monkeypatch.setattr(os, "pwritev", lambda fd, out, at: pwritev(fd, [out[0][:limit]], at))
+    monkeypatch.setattr("workers.block.preadv", lambda fd, into, at: preadv(fd, [into[0][:limit]], at))
+    monkeypatch.setattr("workers.block.pwritev", lambda fd, out, at: pwritev(fd, [out[0][:limit]], at))
     assert rig.read(1, 300, 212, 1024) == (VIRTIO_BLK_S_OK, 1537, sectors(1, 2, 3))
     assert rig.write(9, b"x" * 700, b"y" * 836)[0] == VIRTIO_BLK_S_OK
     assert rig.content()[9 * SECTOR : 12 * SECTOR] == b"x" * 700 + b"y" * 836
@@ -320,7 +319,7 @@ def record_calls(monkeypatch: pytest.MonkeyPatch, rig: Rig) -> list[str]:
         return function
 
     monkeypatch.setattr(os, "fdatasync", recorded("fdatasync", os.fdatasync))
-    monkeypatch.setattr(os, "pwritev", recorded("pwritev", os.pwritev))
+    monkeypatch.setattr("workers.block.pwritev", recorded("pwritev", os.pwritev))
     return calls
 
 

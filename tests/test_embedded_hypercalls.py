@@ -166,7 +166,7 @@ def test_shutdown_ends_the_guest_with_its_message() -> None:
 @pytest.mark.parametrize("message", [SPARE, 0x40000000])  # the second is Linux's __pa(NULL): reboot without a reason
 def test_shutdown_with_restart_is_a_reboot_whatever_its_message(message: int) -> None:
     with LittleGuest(hypercall(abi.LHCALL_SHUTDOWN, message, abi.LGUEST_SHUTDOWN_RESTART)) as guest:
-        assert guest.run() == Reboot()
+        assert isinstance(guest.run(), Reboot)
 
 
 def test_a_shutdown_message_is_127_bytes_at_most_and_any_bytes() -> None:
@@ -379,7 +379,7 @@ def test_a_break_between_a_notify_of_the_ring_and_its_call_loses_nothing() -> No
         ring_call(guest, 0, abi.LHCALL_NOTIFY, 0x111)
         assert guest.run() == Notify(0x111)
         guest.host.break_in()
-        assert guest.run() == Break()
+        assert isinstance(guest.run(), Break)
         assert guest.run() == Notify(DONE)
         assert (guest.host._cpu.gdt[40], guest.result()) == (9, 1)
 

@@ -29,6 +29,8 @@ from launching import (
     wait_until,
 )
 
+pytestmark = pytest.mark.every_host
+
 INPUT_LOST = "lgmp: Failed to get console input, ignoring console.\n"
 OUTPUT_LOST = "lgmp: Failed to write console output (Broken pipe), it is discarded.\n"
 

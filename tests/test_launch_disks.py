@@ -24,6 +24,8 @@ from launching import (
     run,
 )
 
+pytestmark = pytest.mark.every_host
+
 
 def refusal(disk: str, **how: object) -> str:
     """The one line with which a disk is refused."""
@@ -117,11 +119,11 @@ def test_flushes_and_barriers_reach_the_disk_before_their_answer(tmp_path: Path)
     strace = ("strace", "-DDD", "-f", "-e", "trace=fdatasync,/^pwrite", "-o", str(log))
     calls = {}
     with prompt("--block", str(disk), prefix=strace) as launched:
-        seen = 0
+        seen, worker = 0, launched.workers()["vda"]
         for command in ("blk write 0 1 1", "blk flush", "blk barrier 1 1 1"):
             launched.command(command)
             # strace writes its line before it lets the process go on.
-            so_far = re.findall(r" (fdatasync|pwrite)\w*\(", log.read_text())
+            so_far = re.findall(rf"^{worker} +(fdatasync|pwrite)\w*\(", log.read_text(), re.MULTILINE)
             calls[command], seen = so_far[seen:], len(so_far)
         launched.send("poweroff\n")
         code, _out, _err = launched.end()

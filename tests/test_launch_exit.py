@@ -29,6 +29,8 @@ from launching import (
     wait_until,
 )
 
+pytestmark = pytest.mark.every_host
+
 ENDING_SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT]
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from launching import GUEST, MEM, Launch, launch, make_disk, run
 
+every_host = pytest.mark.every_host
+
 SOURCE = Path(__file__).parent / "guest" / "misdeeds.c"
 SECTORS = 64
 
@@ -151,6 +153,7 @@ def test_every_misdeed_of_the_guest_is_known_here() -> None:
     assert set(listed()) >= IN_TABLES
 
 
+@every_host
 @pytest.mark.parametrize(("misdeed", "reason"), (RING_FATAL | INDIRECT_FATAL | BLOCK_FATAL).items())
 def test_a_broken_ring_of_a_disk_ends_the_guest_and_names_the_place(misdeed: str, reason: str, disk: Path) -> None:
     code, out, lines = commit(misdeed, disk)
@@ -178,12 +181,14 @@ def test_an_indirect_descriptor_that_was_not_agreed_on_ends_the_guest(disk: Path
     assert len(lines) == 1 and re.match(r"console: queue 1: descriptor 0: INDIRECT, but", lines[0]), lines
 
 
+@every_host
 def test_a_writable_buffer_for_output_ends_the_guest(disk: Path) -> None:
     code, _out, lines = commit("writable-output", disk)
 
     assert (code, lines) == (1, ["console: queue 1: descriptor 0: Input buffers in output queue?"])
 
 
+@every_host
 def test_a_readable_buffer_for_input_ends_the_guest_when_input_comes() -> None:
     with open("/dev/zero", "rb") as endless:
         code, _out, err = run("quiet misdeed readable-input; poweroff", stdin=endless.fileno())
@@ -192,6 +197,7 @@ def test_a_readable_buffer_for_input_ends_the_guest_when_input_comes() -> None:
     assert re.fullmatch(r"lgmp: console: queue 0: descriptor \d+: Output buffers in console in queue\?\n", err), err
 
 
+@every_host
 def test_a_guest_lives_on_where_a_ring_is_spoilt_that_nobody_reads(disk: Path) -> None:
     commands = "; ".join(f"misdeed {name}" for name in RING_SURVIVED)
 
@@ -205,6 +211,7 @@ def test_a_guest_lives_on_where_a_ring_is_spoilt_that_nobody_reads(disk: Path) -
     assert err == "lgmp: vda gave early output\n"
 
 
+@every_host
 def test_a_bad_disk_request_is_answered_and_changes_nothing(disk: Path) -> None:
     before = disk.read_bytes()
     commands = "; ".join(f"misdeed {name}" for name in BLOCK_SURVIVED)
@@ -239,6 +246,7 @@ def test_any_other_misdeed_ends_the_guest_in_order_or_not_at_all(misdeed: str, d
         assert "alive" not in out
 
 
+@every_host
 @pytest.mark.parametrize("misdeed", ENDLESS + MAY_HANG)
 def test_a_guest_that_never_ends_is_ended_by_a_signal(misdeed: str, disk: Path) -> None:
     with launch(f"quiet misdeed {misdeed}", "--block", str(disk)) as launched:
@@ -249,6 +257,7 @@ def test_a_guest_that_never_ends_is_ended_by_a_signal(misdeed: str, disk: Path) 
     assert (code, err) == (128 + signal.SIGTERM, "")
 
 
+@every_host
 def test_early_console_text_is_printed_to_its_end_or_that_of_memory(disk: Path) -> None:
     code, out, err = run("quiet misdeed notify-last; misdeed notify-descriptor-inside; poweroff", "--block", str(disk))
 
@@ -256,6 +265,7 @@ def test_early_console_text_is_printed_to_its_end_or_that_of_memory(disk: Path) 
     assert "misdeed notify-last\nxsurvived" in out
 
 
+@every_host
 def test_a_notify_within_a_ring_is_a_kick(disk: Path) -> None:
     code, out, err = run("quiet blk crc; misdeed notify-ring-inside; blk crc; poweroff", "--block", str(disk))
 

@@ -24,6 +24,8 @@ from launching import (
 )
 from networks import GUEST_IP, HOST_IP, Namespace, flood, namespace, needs
 
+pytestmark = pytest.mark.every_host
+
 TAP = ("--tunnet", HOST_IP)
 
 

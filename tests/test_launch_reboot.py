@@ -5,8 +5,11 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+import pytest
 from launching import GUEST, MEM, Launch, command_line, make_disk, prompt
 from networks import GUEST_IP, HOST_IP, namespace
+
+pytestmark = pytest.mark.every_host
 
 BOOTS = 4
 

@@ -91,7 +91,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_truncated(tmp_path: Path) -> No
 def test_reads_go_on_where_the_kernel_stopped_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = bytes(range(100))
     whole_read = os.preadv
-    monkeypatch.setattr(os, "preadv", lambda fd, views, offset: whole_read(fd, [views[0][:7]], offset))
+    monkeypatch.setattr("lgmp.loader.image.preadv", lambda fd, views, offset: whole_read(fd, [views[0][:7]], offset))
     with ImageFile(write(tmp_path, content), "kernel") as file:
         assert file.read_at(3, 90, "middle") == content[3:93]
 

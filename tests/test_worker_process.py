@@ -325,7 +325,14 @@ def test_a_worker_imports_nothing_of_the_launcher() -> None:
     modules = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
     ours = {module for module in modules if module.split(".")[0] in ("lgmp", "workers")}
     allowed = {"lgmp", "lgmp.control", "lgmp.errors", "lgmp.mailbox", "lgmp.memory", "workers", "workers.device"}
-    allowed |= {"lgmp.confinement", "workers.runtime", "lgmp.virtio", "lgmp.virtio.ids", "lgmp.virtio.ring"}
+    allowed |= {
+        "lgmp.confinement",
+        "lgmp.shared_file",
+        "workers.runtime",
+        "lgmp.virtio",
+        "lgmp.virtio.ids",
+        "lgmp.virtio.ring",
+    }
     assert ours <= allowed
 
 

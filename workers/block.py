@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 
 from lgmp.errors import LgmpError, say
+from lgmp.vectors import preadv, pwritev
 from lgmp.virtio.block import (
     HEADER,
     HEADER_BYTES,
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 _OFFSET_MAX = (1 << 63) - 1
 
 _unpack_header = HEADER.unpack
-_preadv = os.preadv
 
 
 class Block(RequestDevice):
@@ -96,7 +96,7 @@ class Block(RequestDevice):
             offset = sector * SECTOR_BYTES
             if offset + size <= self.size and not size % SECTOR_BYTES and len(writable) <= IOV_MAX:
                 try:
-                    if _preadv(self.fd, writable, offset) == size:
+                    if preadv(self.fd, writable, offset) == size:
                         status[0] = VIRTIO_BLK_S_OK
                         return size + 1
                 except OSError:
@@ -152,7 +152,7 @@ class Block(RequestDevice):
         done = 0
         while done < size:
             segments = skip(segments, 0)
-            count = os.preadv(self.fd, segments[:IOV_MAX], offset + done)
+            count = preadv(self.fd, segments[:IOV_MAX], offset + done)
             if not count:
                 raise OSError(None, "the file has become shorter than the disk")
             done += count
@@ -166,7 +166,7 @@ class Block(RequestDevice):
         done = 0
         while done < size:
             segments = skip(segments, 0)
-            count = os.pwritev(self.fd, segments[:IOV_MAX], offset + done)
+            count = pwritev(self.fd, segments[:IOV_MAX], offset + done)
             if not count:
                 raise OSError(None, "nothing was written")
             done += count

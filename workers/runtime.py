@@ -53,6 +53,7 @@ _OPTIONS = {
     "control-fd=": "the control page",
     "mailbox=": "the message queue from the launcher",
     "completions=": "the message queue to the launcher",
+    "kick-fd=": "an eventfd that kicks come in by as well, straight from the guest",
     "launcher=": "the launcher's process id; without it, the parent's",
     "program=": "what lines to the user begin with; without it, lgmp",
     "chroot=": "the directory to be locked in, once all that is needed is open",
@@ -94,6 +95,7 @@ class Options:
         self.memory_fd = self.number("memory-fd")
         self.ram = self.number("ram")
         self.control_fd = self.number("control-fd")
+        self.kick_fd = self.number("kick-fd") if "kick-fd" in values else None
         self.launcher = self.number("launcher") if "launcher" in values else os.getppid()
         try:
             self.queues = [VringLayout.parse(value) for option, value in pairs if option == "--queue"]
@@ -125,10 +127,21 @@ class Worker:
         except (OSError, ValueError) as error:
             raise LgmpError(f"guest memory or control page: {error}") from error
         self._mailbox = Mailbox.open(options.mailbox)
-        self._completions = Mailbox.open(options.completions)
+        self._completions = Mailbox.open(options.completions, polled=True)
         # The exception of launcher_died is lost where it ends a wait for a message.
         self._mailbox.on_signal = self._completions.on_signal = lambda: check_parent(options.launcher)
         self._used = [pack(ToLauncher.USED, self._index, queue) for queue in range(len(options.queues))]
+        self._kicked = pack(ToLauncher.KICKED, self._index)
+        self._kick_fd = options.kick_fd
+        self._was_kicked = False  # since the device last looked at its rings
+        self._own_poll = select.poll()
+        self._own_descriptors = {
+            descriptor: select.POLLIN
+            for descriptor in (self._mailbox.fileno(), self._kick_fd)
+            if descriptor is not None
+        }
+        for descriptor in self._own_descriptors:
+            self._own_poll.register(descriptor, select.POLLIN)
         self._features = -1
         self._live = False  # whether the rings are the device's to touch: from the first kick until a reset
         self._stopping = False
@@ -179,7 +192,8 @@ class Worker:
         more = False
         while True:
             wanted = device.wants()
-            if wanted:
+            self._was_kicked = False
+            if wanted or self._kick_fd is not None:
                 raw = self._poll(wanted, more)
             elif more:
                 raw = self._mailbox.take()
@@ -187,43 +201,66 @@ class Worker:
                 raw = self._mailbox.wait(WATCH_SECONDS)
             if raw is not None:
                 self._obey(raw)
-            elif not more:
+            elif not more and not self._was_kicked:
                 check_parent(self._launcher)
-            if raw is not None or more:
+            if raw is not None or more or self._was_kicked:
                 more = self._live and device.serve()
             if self._stopping and not more and not device.busy:
                 return
 
     def _poll(self, wanted: Sequence[tuple[int, int]], more: bool) -> bytes | None:
-        """Wait for a message or one of the `wanted` descriptors, and see to those; gives the message."""
-        mailbox = self._mailbox.fileno()
-        masks = {mailbox: select.POLLIN}
-        for descriptor, events in wanted:
-            masks[descriptor] = masks.get(descriptor, 0) | events
-        poll = select.poll()
-        for descriptor, events in masks.items():
-            poll.register(descriptor, events)
+        """Wait for a message, a kick or one of the `wanted` descriptors, and see to the latter; gives the message."""
+        poll = self._own_poll
+        if wanted:
+            masks = dict(self._own_descriptors)
+            for descriptor, events in wanted:
+                masks[descriptor] = masks.get(descriptor, 0) | events
+            poll = select.poll()
+            for descriptor, events in masks.items():
+                poll.register(descriptor, events)
         raw = None
         for descriptor, events in poll.poll(0 if more else WATCH_SECONDS * 1000):
-            if descriptor == mailbox:
+            if descriptor == self._mailbox.fileno():
                 raw = self._mailbox.take()
+            elif descriptor == self._kick_fd:
+                self._take_kick()
             else:
                 self._device.ready(descriptor, events)
         return raw
+
+    def _take_kick(self) -> None:
+        """A kick came straight from the guest. Whether that has a driver yet is the launcher's to say."""
+        self._forget_kicks()
+        if self._live:
+            self._see_features()
+            self._was_kicked = True
+        else:
+            self._tell(self._kicked)
+
+    def _forget_kicks(self) -> None:
+        if self._kick_fd is not None:
+            try:  # noqa: SIM105  contextlib is costly to import
+                os.eventfd_read(self._kick_fd)
+            except BlockingIOError:
+                pass  # there were none
+
+    def _see_features(self) -> None:
+        features = self._control.accepted_features
+        if features != self._features:
+            self._features = features
+            self._device.accept(features)
 
     def _obey(self, raw: bytes) -> None:
         try:
             what = unpack(raw)[0]
         except ValueError as error:
             raise LgmpError(f"a message from the launcher makes no sense: {error}") from error
-        features = self._control.accepted_features
-        if features != self._features:
-            self._features = features
-            self._device.accept(features)
+        self._see_features()
         if what == ToWorker.KICK:
             self._live = True
         elif what == ToWorker.RESET:
             self._live = False
+            self._forget_kicks()
             self._device.reset()
             self._features = -1
             self._tell(pack(ToLauncher.RESET_DONE, self._index))

@@ -1,32 +1,133 @@
-"""Which host runs a guest on this machine, and how the two speak with each other."""
+"""Which host runs a guest on this machine, and how it and the guest speak with each other."""
 
 from __future__ import annotations
 
+import errno
 import os
 
 from lgmp.errors import LgmpError
-from lgmp.hosts import Host
+from lgmp.hosts import GuestStart, Host, HostKind
 from lgmp.hosts.embedded.abi import GUEST_ABIS, LATEST, TOO_NEW, GuestAbi
-from lgmp.memory import GuestMemory
+from lgmp.hosts.kernel.protocol import LGUEST_ABIS, LGUEST_ON_PCI, NO_LGUEST, LguestAbi, abi_of
+from lgmp.loader.linux_version import parse_version
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from lgmp.hosts.kernel.host import LguestDevice
 
 LGUEST_DEVICE = "/dev/lguest"
 HOSTS = ("auto", "kernel", "embedded")
 GUEST_ABI_NAMES = ("auto", *(each.name for each in GUEST_ABIS))
+LGUEST_ABI_NAMES = ("auto", *(each.name for each in LGUEST_ABIS))
 
 
-def choose(wanted: str) -> str:
-    """The host to use for `wanted`, one of HOSTS, as "kernel" or "embedded".
+class EmbeddedKind:
+    """The host of our own, on an emulated CPU."""
 
-    Raises LgmpError where the one that is wanted cannot run here.
+    name = "embedded"
+    takes_kicks = False
+
+    def wants_page_tables(self, guest_abi: GuestAbi) -> bool:
+        """It makes none itself."""
+        return guest_abi.starts_paged
+
+    def make(self, start: GuestStart) -> Host:
+        """A host for one guest. Raises LgmpError where the emulator cannot be used."""
+        # Imported here: the emulator is not needed, and need not be installed, where the kernel runs the guest.
+        from lgmp.hosts.embedded.host import EmbeddedHost  # noqa: PLC0415
+
+        return EmbeddedHost(start.memory, start.guest_limit, start.entry, start.guest_abi, start.page_directory)
+
+    def close(self) -> None:
+        """Nothing was opened."""
+
+
+class KernelKind:
+    """The lg module of this machine's kernel."""
+
+    name = "kernel"
+
+    def __init__(self, device: LguestDevice) -> None:
+        """`device`: open, with no guest yet."""
+        self.device = device
+        self.takes_kicks = device.abi.eventfds
+
+    def wants_page_tables(self, guest_abi: GuestAbi) -> bool:  # noqa: ARG002
+        """It is the module that decides: to 2.6.29 it wants them, after that it makes those that a guest needs."""
+        return self.device.abi.page_directory
+
+    def make(self, start: GuestStart) -> Host:
+        """A host for one guest. Raises LgmpError where the module refuses."""
+        from lgmp.hosts.kernel.host import KernelHost  # noqa: PLC0415 - what others have no use for
+
+        return KernelHost(self.device, start)
+
+    def close(self) -> None:
+        """Close the device."""
+        self.device.close()
+
+
+def choose(wanted: str, device: str | None = None, lguest_abi: str = "auto") -> HostKind:
+    """The host to use for `wanted`, one of HOSTS.
+
+    `device`: the lguest device, None for the usual one; `lguest_abi`: how it speaks, one of LGUEST_ABI_NAMES. With
+    "auto" it is the kernel's where that can be opened, and where one is named it has to be. Raises LgmpError where the
+    one that is wanted cannot run here.
     """
-    if wanted == "kernel":
-        if not os.path.exists(LGUEST_DEVICE):
-            raise LgmpError(
-                f"there is no {LGUEST_DEVICE} (kernels before 4.14 have it, with the lg module loaded): "
-                "use --host embedded, which needs none"
-            )
-        raise LgmpError(f"running guests on {LGUEST_DEVICE} is not there yet: use --host embedded")
-    return "embedded"
+    path = device or LGUEST_DEVICE
+    if wanted == "embedded" or (wanted == "auto" and device is None and not os.path.exists(path)):
+        return EmbeddedKind()
+    try:
+        return KernelKind(_open_lguest(path, lguest_abi))
+    except LgmpError:
+        if wanted == "auto" and device is None:
+            return EmbeddedKind()  # `lgmp doctor` says why
+        raise
+
+
+def _open_lguest(path: str, wanted_abi: str) -> LguestDevice:
+    from lgmp.hosts.kernel.host import LguestDevice  # noqa: PLC0415 - what others have no use for
+
+    try:
+        if not os.path.exists(path):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        return LguestDevice(path, _lguest_abi(path, wanted_abi))
+    except OSError as error:
+        raise LgmpError(f"cannot open {path}: {error.strerror}; {_remedy(path, error.errno)}") from error
+
+
+def _remedy(path: str, number: int | None) -> str:
+    if number in (errno.EACCES, errno.EPERM):
+        return f"be root, or have root allow it (chmod or chown {path}), or use --host embedded"
+    if number in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
+        return (
+            "32-bit kernels of 2.6.25 to 3.19 that were built with CONFIG_LGUEST have it, after `modprobe lg`; "
+            "--host embedded needs none"
+        )
+    return "try --host embedded, which needs none"
+
+
+def _lguest_abi(path: str, wanted: str) -> LguestAbi:
+    """How the device speaks: `wanted`, one of LGUEST_ABI_NAMES, or with "auto" what the running kernel's does."""
+    for each in LGUEST_ABIS:
+        if each.name == wanted:
+            return each
+    release = os.uname().release
+    version = parse_version(release.encode()) or ()
+    abi = abi_of(version)
+    if abi is not None:
+        return abi
+    if version >= NO_LGUEST:
+        why = "which has no lguest of its own"
+    elif version >= LGUEST_ON_PCI:
+        why = "whose lguest has its devices on a PCI bus, which lgmp has not"
+    else:
+        why = "whose lguest is too old"
+    names = " or ".join(f"{each.name} (as {each.kernels} have it)" for each in LGUEST_ABIS)
+    raise LgmpError(
+        f"cannot tell how {path} is spoken to: this kernel is Linux {release}, {why}; say it with "
+        f"--lguest-abi {names}, or use --host embedded"
+    )
 
 
 def choose_abi(wanted: str, linux_version: tuple[int, ...] | None, kernel: str) -> GuestAbi:
@@ -52,22 +153,3 @@ def choose_abi(wanted: str, linux_version: tuple[int, ...] | None, kernel: str) 
     raise LgmpError(
         f"{kernel} is Linux {version}, whose devices are described in another way: give a kernel of 2.6.25 to 3.19"
     )
-
-
-def make(
-    kind: str,
-    memory: GuestMemory,
-    guest_limit: int,
-    entry: int,
-    guest_abi: GuestAbi,
-    page_directory: int | None,
-) -> Host:
-    """A host of that kind (from `choose`): its guest starts at `entry` and sees `guest_limit` bytes of `memory`.
-
-    `page_directory`: the guest-physical address of its first page tables, None where it starts without.
-    """
-    assert kind == "embedded", kind
-    # Imported here: the emulator is not needed, and need not be installed, where the kernel runs the guest.
-    from lgmp.hosts.embedded.host import EmbeddedHost  # noqa: PLC0415
-
-    return EmbeddedHost(memory, guest_limit, entry, guest_abi, page_directory)

@@ -7,7 +7,6 @@ nothing is ever written outside RAM, and nothing at all before all headers and s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from lgmp.errors import LgmpError
@@ -55,8 +54,7 @@ class LoadedSegment(NamedTuple):
     size: int
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedGuest:
+class LoadedGuest(NamedTuple):
     """A guest whose memory is ready to run.
 
     `entry`: the guest-physical address to start at; `initrd_bytes`: what the initrd takes of the top of RAM, rounded up

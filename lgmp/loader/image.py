@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import stat
-from dataclasses import dataclass
 from types import TracebackType
+from typing import NamedTuple
 
 from lgmp.errors import LgmpError
 from lgmp.loader.memory_size import MAX_MEMORY_BYTES, in_mib
 from lgmp.memory import PAGE_SIZE, GuestMemory
+from lgmp.vectors import preadv
 
 # Boot information is at guest-physical 0 and the command line in the page after it, as in every lguest launcher.
 BOOT_PARAMS_ADDRESS = 0
@@ -84,7 +85,7 @@ class ImageFile:
         done = 0
         while done < len(target):
             try:
-                count = os.preadv(self.fd, [target[done:]], offset + done)
+                count = preadv(self.fd, [target[done:]], offset + done)
             except OSError as error:
                 raise LgmpError(f"cannot read {self.name}: {error.strerror}") from error
             if count == 0:
@@ -120,8 +121,7 @@ class ImageFile:
         self.close()
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """A piece of an image: `file_bytes` at `file_offset` go to guest-physical `address`, zeros up to `memory_bytes`."""
 
     what: str
@@ -141,16 +141,14 @@ class Segment:
         return self.address + self.memory_bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Payload:
+class Payload(NamedTuple):
     """Where a bzImage's compressed kernel lies once it is loaded: guest-physical `address`, and `length` in bytes."""
 
     address: int
     length: int
 
 
-@dataclass(frozen=True, slots=True)
-class KernelImage:
+class KernelImage(NamedTuple):
     """What to do to load a kernel: a plan, made from its headers alone.
 
     `memory_end`: the first guest-physical address above all the kernel takes before it knows how much memory there is;

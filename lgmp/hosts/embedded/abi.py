@@ -7,7 +7,7 @@ for each era, and nowhere else.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 # `int $0x1f` is the hypercall (LGUEST_TRAP_ENTRY).
 LGUEST_TRAP_ENTRY = 0x1F
@@ -133,8 +133,7 @@ _CALLS_OF_ALL = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GuestAbi:
+class GuestAbi(NamedTuple):
     """How the guests of one era speak with their host: all in which they differ from those of other eras.
 
     `name` is what --guest-abi takes, `kernels` says which kernels those are, and `since` is the first version (two or
@@ -197,8 +196,7 @@ _ABI_3_X = GuestAbi(
     status_notify=True,
 )
 # To 2.6.33 all calls are vmcalls; after that some are, to 3.0.
-_ABI_2_6_31 = replace(
-    _ABI_3_X,
+_ABI_2_6_31 = _ABI_3_X._replace(
     name="2.6.31",
     kernels="Linux 2.6.31 to 3.0",
     since=(2, 6, 31),
@@ -211,8 +209,7 @@ _ABI_2_6_31 = replace(
     data_size=1396,
     starts_paged=True,
 )
-_ABI_2_6_30 = replace(
-    _ABI_2_6_31,
+_ABI_2_6_30 = _ABI_2_6_31._replace(
     name="2.6.30",
     kernels="Linux 2.6.30",
     since=(2, 6, 30),
@@ -231,8 +228,7 @@ _ABI_2_6_30 = replace(
     syscall_vec=1132,
     data_size=1136,
 )
-_ABI_2_6_26 = replace(
-    _ABI_2_6_30,
+_ABI_2_6_26 = _ABI_2_6_30._replace(
     name="2.6.26",
     kernels="Linux 2.6.26 to 2.6.29",
     since=(2, 6, 26),
@@ -242,8 +238,7 @@ _ABI_2_6_26 = replace(
     # In memory they are eax, ebx, ecx, edx: the call, the second argument, the third, the first.
     hcall_order=(0, 3, 1, 2),
 )
-_ABI_2_6_25 = replace(
-    _ABI_2_6_26,
+_ABI_2_6_25 = _ABI_2_6_26._replace(
     name="2.6.25",
     kernels="Linux 2.6.25",
     since=(2, 6, 25),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import platform
 from pathlib import Path
 
 from lgmp.errors import LgmpError
@@ -72,7 +73,12 @@ class MemoryManagementRegister(ctypes.Structure):
 
 
 def library_path() -> Path:
-    """Where the installed Unicorn package has its library. Raises LgmpError where there is none."""
+    """Where the installed Unicorn package has its library. Raises LgmpError where there is none that could be used."""
+    if platform.machine() != "x86_64" or ctypes.sizeof(ctypes.c_void_p) != 8:
+        raise LgmpError(
+            f"the embedded host needs a 64-bit Python on x86-64, not {8 * ctypes.sizeof(ctypes.c_void_p)} bits on "
+            f"{platform.machine()}; --host kernel does not, where there is a /dev/lguest"
+        )
     spec = importlib.util.find_spec("unicorn")
     if spec is None:
         raise LgmpError(f"the embedded host needs the CPU emulator Unicorn: pip install unicorn=={UNICORN_VERSION}")
