@@ -26,6 +26,7 @@ from lgmp.mailbox import sweep_stale_queues
 from lgmp.memory import PAGE_SIZE, GuestMemory
 from lgmp.supervisor import Supervisor, Worker, WorkerSpecification
 from lgmp.terminal import RawTerminal
+from lgmp.title import set_title
 from lgmp.virtio import console as virtio_console
 from lgmp.virtio import ids
 from lgmp.virtio.ring import VringLayout
@@ -153,7 +154,7 @@ class Launch:
         if terminal is not None:
             stack.callback(terminal.restore)
         self._add_devices(bus, models, terminal)
-        _set_title(f"lgmp: {os.path.basename(options.kernel)} {options.memory_bytes >> 20}M ({self._name})")
+        set_title(f"lgmp: {os.path.basename(options.kernel)} {options.memory_bytes >> 20}M ({self._name})")
         loaded = load_guest(memory, options.kernel, options.initrd, options.arguments)
         guest_abi = choice.choose_abi(options.guest_abi, loaded.linux_version, options.kernel)
         directory = map_memory(memory, loaded) if kind.wants_page_tables(guest_abi) else None
@@ -381,10 +382,3 @@ def _device_pages(models: Sequence[Model]) -> int:
 
 def _say_nothing(text: str) -> None:
     pass
-
-
-def _set_title(title: str) -> None:
-    from setproctitle import setproctitle  # noqa: PLC0415 - it is slow to load, and the guest can be loaded meanwhile
-
-    # A file's name may be anything; the title is text.
-    setproctitle(os.fsencode(title).decode(errors="replace"))

@@ -23,6 +23,7 @@ from lgmp.control import ControlPage
 from lgmp.errors import LgmpError, say
 from lgmp.mailbox import COMPLETION_MESSAGE_BYTES, Mailbox, ToLauncher, ToWorker, pack, unlink, unpack
 from lgmp.memory import GuestMemory
+from lgmp.title import set_title
 from lgmp.virtio.ring import Virtqueue, VringLayout
 from workers.device import Device
 
@@ -372,14 +373,10 @@ def _ask_for_death_signal(launcher: int) -> None:
 
 def _set_title(title: str, options: Options) -> None:
     """What ps shows: `lgmp-block vda disk.img (guest NAME)`, and `lgmp-block` where there is room for less."""
-    from setproctitle import setproctitle, setthreadtitle  # noqa: PLC0415  costs as much as all the rest; see above
-
     words = [title, options.name, *options.arguments]
     if options.guest:
         words.append(f"(guest {options.guest})")
-    # A file's name may be anything; the title is text.
-    setproctitle(os.fsencode(" ".join(words)).decode(errors="replace"))
-    setthreadtitle(title)
+    set_title(" ".join(words), title)
 
 
 def _help(kind: str, own: dict[str, str]) -> None:
