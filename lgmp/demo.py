@@ -37,7 +37,7 @@ def demo() -> End:
 def _show(running: Running) -> None:
     """Say which process does what, and how to look at it."""
     lines = [
-        f"launcher  pid {os.getpid():<7} owns the guest: its memory and its (emulated) CPU",
+        f"launcher  pid {os.getpid():<7} owns the guest: its memory and its CPU",
         *(f"{'worker':<9} pid {pid:<7} serves {name}" for name, pid in running.workers),
         f"look:  ps -o pid,ppid,args --ppid {os.getpid()}   |   strace -p {running.workers[0][1]}",
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 
 from lgmp.errors import LgmpError
 from lgmp.hosts import GuestStart, Host, HostKind
@@ -80,7 +81,8 @@ def choose(wanted: str, device: str | None = None, lguest_abi: str = "auto") -> 
     try:
         return KernelKind(_open_lguest(path, lguest_abi))
     except LgmpError:
-        if wanted == "auto" and device is None:
+        # On 32 bits there is no other, and the reason is worth more than that.
+        if wanted == "auto" and device is None and sys.maxsize > 1 << 32:
             return EmbeddedKind()  # `lgmp doctor` says why
         raise
 

@@ -127,6 +127,8 @@ void irq_restore(u32 flags);
 void halt(void); /* enables interrupts and waits for one, as "sti; hlt" */
 void set_clockevent(u32 nanoseconds);
 u64 rdtsc(void);
+u32 tsc_khz(void);     /* what the host says, or what was measured at the start */
+u32 measure_tsc(void); /* takes a tenth of a second */
 u64 now_ns(void);	/* since boot */
 u64 wallclock_ns(void); /* lguest_data.time, as the host last wrote it */
 void delay_ns(u32 nanoseconds);

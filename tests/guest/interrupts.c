@@ -5,7 +5,16 @@
 volatile u32 irq_count[LGUEST_IRQS];
 void (*irq_hook)(unsigned int irq);
 
-static u64 boot_tsc, boot_wallclock;
+/*
+ * How fast the TSC is, by lguest_data.time, which is right just after an interrupt. The host may be kept busy between its look
+ * at the time and ours at the TSC, or lose ticks that it counts its time by, which makes the TSC look faster. Hence several
+ * measurements, of which one of the lower ones counts.
+ */
+#define TSC_SAMPLES 16
+#define TSC_SAMPLE_MS 5
+
+static u64 boot_tsc;
+static u32 measured_khz;
 static volatile bool clock_armed;
 
 void irq_dispatch(unsigned int irq)
@@ -77,16 +86,24 @@ u64 wallclock_ns(void)
 	return (u64)seconds * NSEC_PER_SEC + nanoseconds;
 }
 
-u64 now_ns(void)
+/*
+ * A host that doesn't trust its TSC says 0. Linux then goes by lguest_data.time, but that goes on with interrupts alone, and
+ * we want a clock while they are off.
+ */
+u32 tsc_khz(void)
 {
 	u32 khz = *lguest_field(abi->tsc_khz);
+
+	return khz ? khz : measured_khz;
+}
+
+u64 now_ns(void)
+{
 	u32 rest;
 	u64 ms;
 
-	if (!khz)
-		return wallclock_ns() - boot_wallclock;
-	ms = div_u64(rdtsc() - boot_tsc, khz, &rest);
-	return ms * NSEC_PER_MSEC + div_u64((u64)rest * NSEC_PER_MSEC, khz, NULL);
+	ms = div_u64(rdtsc() - boot_tsc, tsc_khz(), &rest);
+	return ms * NSEC_PER_MSEC + div_u64((u64)rest * NSEC_PER_MSEC, tsc_khz(), NULL);
 }
 
 void delay_ns(u32 nanoseconds)
@@ -125,10 +142,45 @@ bool wait_for(bool (*done)(void *arg), void *arg, u32 timeout_ms)
 	}
 }
 
+static void halt_for_ms(u32 ms)
+{
+	u32 count = irq_count[0];
+
+	set_clockevent(ms * NSEC_PER_MSEC);
+	while (irq_count[0] == count)
+		halt();
+}
+
+u32 measure_tsc(void)
+{
+	u64 tsc[TSC_SAMPLES], wall[TSC_SAMPLES];
+	u32 khz[TSC_SAMPLES / 2];
+
+	for (unsigned int i = 0; i < TSC_SAMPLES; i++) {
+		halt_for_ms(TSC_SAMPLE_MS);
+		tsc[i] = rdtsc();
+		wall[i] = wallclock_ns();
+	}
+	for (unsigned int i = 0; i < TSC_SAMPLES / 2; i++) {
+		/* In units of 1024 ns, so that the divisor has 32 bits; and somebody may have set the host's clock. */
+		u64 cycles = tsc[i + TSC_SAMPLES / 2] - tsc[i], time = (wall[i + TSC_SAMPLES / 2] - wall[i]) >> 10;
+		u32 value = time && !(time >> 32) ? div_u64(cycles * 15625 / 16, time, NULL) : 0;
+		unsigned int place;
+
+		for (place = i; place && khz[place - 1] > value; place--)
+			khz[place] = khz[place - 1];
+		khz[place] = value;
+	}
+	return khz[TSC_SAMPLES / 8];
+}
+
 void interrupts_init(void)
 {
-	boot_tsc = rdtsc();
-	boot_wallclock = wallclock_ns();
 	irq_unblock(0);
 	irq_restore(X86_EFLAGS_IF);
+	if (!*lguest_field(abi->tsc_khz))
+		measured_khz = measure_tsc();
+	if (!tsc_khz())
+		panic("lguest_data.time does not go on");
+	boot_tsc = rdtsc();
 }

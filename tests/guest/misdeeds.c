@@ -397,7 +397,17 @@ static void set_pgd_beyond(void)
 static void set_pgd_index(void) { hcall(LHCALL_SET_PGD, (u32)page_directory, 5000, 0, 0); }
 static void set_pgd_host(void) { page_directory[1023] = 0; hcall(LHCALL_SET_PGD, (u32)page_directory, 1023, 0, 0); }
 static void new_pgtable_outside(void) { hcall(LHCALL_NEW_PGTABLE, guest_limit, 0, 0, 0); }
-static void new_pgtable_unaligned(void) { hcall(LHCALL_NEW_PGTABLE, (u32)page_directory + 8, 0, 0, 0); }
+
+/* A whole directory, so that the guest goes on where a host takes it. */
+static void new_pgtable_unaligned(void)
+{
+	u8 *directory = (u8 *)alloc_pages(2) + 8;
+
+	memcpy(directory, page_directory, sizeof(page_directory));
+	hcall(LHCALL_NEW_PGTABLE, (u32)directory, 0, 0, 0);
+	hcall(LHCALL_NEW_PGTABLE, (u32)page_directory, 0, 0, 0);
+}
+
 static void new_pgtable_empty(void) { memset(page, 0, PAGE_SIZE); hcall(LHCALL_NEW_PGTABLE, (u32)page, 0, 0, 0); }
 
 /* Entries written into the tables behind the host's back; sixteen pages at its address are the embedded host's. */
@@ -714,7 +724,7 @@ static const struct misdeed {
 	{ "set-pgd-index", set_pgd_index, OTHER, ENDS ": entry 5000" },
 	{ "set-pgd-host", set_pgd_host, OTHER, "nothing: entry 1023 stays the host's" },
 	{ "new-pgtable-outside", new_pgtable_outside, OTHER, ENDS },
-	{ "new-pgtable-unaligned", new_pgtable_unaligned, OTHER, ENDS },
+	{ "new-pgtable-unaligned", new_pgtable_unaligned, OTHER, ENDS ", or nothing: lg takes any address" },
 	{ "new-pgtable-empty", new_pgtable_empty, OTHER, ENDS ": it maps nothing" },
 	{ "pte-host", pte_host, OTHER, ENDS ": an entry for the host's pages, written behind its back, and writes there" },
 	{ "pte-nowhere-read", pte_nowhere_read, OTHER, ENDS ": an entry for memory that isn't, and a read" },

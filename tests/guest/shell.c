@@ -59,8 +59,8 @@ static bool cmd_uptime(int argc, char **argv)
 	u64 seconds = div_u64(now_ns(), NSEC_PER_SEC, &rest);
 
 	(void)argv;
-	print("uptime: %llu.%03u s, timer interrupts %u, tsc %u kHz\n", seconds, rest / NSEC_PER_MSEC, irq_count[0],
-	      *lguest_field(abi->tsc_khz));
+	print("uptime: %llu.%03u s, timer interrupts %u, tsc %u kHz%s\n", seconds, rest / NSEC_PER_MSEC, irq_count[0],
+	      tsc_khz(), *lguest_field(abi->tsc_khz) ? "" : " as measured");
 	return argc == 1;
 }
 

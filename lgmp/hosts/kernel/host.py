@@ -45,10 +45,16 @@ class LguestDevice:
         self.abi = abi
         self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
 
-    def write(self, words: bytes) -> int:
+    def write(self, words: bytes | memoryview) -> int:
         """Write words for the guest's one CPU, and give what that returned. Raises OSError."""
-        # The module reads as many words as it wants, whatever is said of their number: more of them are zeros.
-        return os.pwrite(self.fd, memoryview(words + bytes(64))[: len(words)], _CPU)
+        return os.pwrite(self.fd, words, _CPU)
+
+    def initialize(self, base: int, start: GuestStart) -> int:
+        """Make the guest, with its memory at `base`; gives the bytes that were taken of the words. Raises OSError."""
+        pages = start.guest_limit // PAGE_SIZE
+        words = protocol.initialize(self.abi, base, pages, start.page_directory, start.entry)
+        # The module of another era reads more words than it is given: those are zeros, not what lies behind.
+        return self.write(memoryview(words + bytes(protocol.WORD_BYTES))[: len(words)])
 
     def close(self) -> None:
         """Close it; the guest that it had, if any, is gone then."""
@@ -95,13 +101,11 @@ class KernelHost:
         # From here on a break finds its flag read below, or has the breaker end the read.
         self._running = True
         try:
-            while not self._break:
+            while not self._break and self._failure is None:
                 size = _pread(self._device.fd, buffer, protocol.REASON_BYTES, _CPU)
                 event = self._refused(ctypes.get_errno()) if size < 0 else self._notified(size)
                 if event is not None and self._failure is None:
                     return event
-                if self._failure is not None:
-                    break
         finally:
             self._running = False
         self._break = False
@@ -184,15 +188,14 @@ class KernelHost:
 
     def _initialize(self, start: GuestStart) -> None:
         base = ctypes.addressof(self._memory)
-        pages = start.guest_limit // PAGE_SIZE
-        words = protocol.initialize(self._abi, base, pages, start.page_directory, start.entry)
         tried = (
-            f"INITIALIZE with {len(words) // protocol.WORD_BYTES} words of {protocol.WORD_BYTES} bytes, as "
-            f"{self._abi.kernels} have it (base {base:#x}, {pages} pages, start {start.entry:#x})"
+            f"INITIALIZE with {1 + self._abi.taken // protocol.WORD_BYTES} words of {protocol.WORD_BYTES} bytes, as "
+            f"{self._abi.kernels} have it (base {base:#x}, {start.guest_limit // PAGE_SIZE} pages, "
+            f"start {start.entry:#x})"
         )
         path = self._device.path
         try:
-            taken = self._device.write(words)
+            taken = self._device.initialize(base, start)
         except OSError as error:
             remedy = _REMEDIES.get(error.errno or 0, "try --lguest-abi for another era's, or --host embedded")
             raise LgmpError(
@@ -209,15 +212,7 @@ class KernelHost:
         """See whether the host has interrupts enough, on a guest of its own that never runs: ours would get them."""
         probe = LguestDevice(self._device.path, self._abi)
         try:
-            probe.write(
-                protocol.initialize(
-                    self._abi,
-                    ctypes.addressof(self._memory),
-                    start.guest_limit // PAGE_SIZE,
-                    start.page_directory,
-                    start.entry,
-                )
-            )
+            probe.initialize(ctypes.addressof(self._memory), start)
             probe.write(protocol.irq(start.irqs))
         except OSError as error:
             if error.errno != errno.EINVAL:
@@ -232,9 +227,10 @@ class KernelHost:
             probe.close()
 
     def _read_reason(self) -> str:
-        size = _pread(self._device.fd, self._buffer, protocol.REASON_BYTES, _CPU)
-        if size < 0:
+        while (size := _pread(self._device.fd, self._buffer, protocol.REASON_BYTES, _CPU)) < 0:
             number = ctypes.get_errno()
+            if number == errno.EINTR:
+                continue
             raise LgmpError(
                 f"the guest is dead, and {self._device.path} does not say why: {os.strerror(number)} ({_name(number)})"
             )
