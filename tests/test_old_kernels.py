@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from pathlib import Path
 import old_kernel
 import pytest
 from launching import PROMPT, Launch, Terminal, launch, make_disk, prompt, wait_until
+
+import lgmp
 
 pytestmark = pytest.mark.skipif(not old_kernel.can_be_entered(), reason="no filters of system calls in this kernel")
 
@@ -227,11 +230,15 @@ def memory_descriptors(launched: Launch) -> Iterator[str]:
 
 def small(shm: str, others: str = "size=1m") -> tuple[str, ...]:
     """A command in a mount namespace whose directories for shared memory are tmpfs of these options."""
+    checkout = shlex.quote(str(Path(lgmp.__file__).resolve().parents[1]))
     script = (
+        # It may lie in one of those directories itself.
+        f"mount --bind {checkout} /mnt && "
         f"mount -t tmpfs -o {shm} shm /dev/shm && unset XDG_RUNTIME_DIR && "
         # One may be a link to the other.
         "for d in /run/shm /tmp /var/tmp; do "
         f"test -L $d -o ! -d $d || mount -t tmpfs -o {others} other $d || exit 1; done && "
+        f"{{ test -d {checkout} || {{ mkdir -p {checkout} && mount --bind /mnt {checkout}; }}; }} && umount /mnt && "
         'exec "$@"'
     )
     return ("unshare", "--mount", *(() if os.geteuid() == 0 else ("--map-root-user",)), "sh", "-c", script, "sh")
