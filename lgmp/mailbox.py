@@ -151,23 +151,37 @@ class Mailbox:
 
     def post(self, raw: bytes) -> bool:
         """Send without waiting; False where the queue is full."""
-        while True:
-            try:
-                self._queue.send(raw, timeout=self._at_once)
-            except posix_ipc.BusyError:
-                return False
-            except posix_ipc.SignalError:
-                self.on_signal()
-                continue
-            return True
+        return self._send(raw, self._at_once)
 
     def send(self, raw: bytes, timeout: float | None = None) -> bool:
         """Send, waiting for room; `timeout` in seconds (None: for ever); False where it ran out."""
-        while self._polled:
-            if self.post(raw):
-                return True
+        if not self._polled:
+            return self._send(raw, timeout)
+        while not self.post(raw):
             if not self._poll(select.POLLOUT, timeout):
                 return False
+        return True
+
+    def take(self) -> bytes | None:
+        """Receive without waiting; None where there is nothing."""
+        return self._receive(self._at_once)
+
+    def receive(self) -> bytes:
+        """Receive, waiting for a message."""
+        while (raw := self.wait(None)) is None:
+            pass
+        return raw
+
+    def wait(self, timeout: float | None) -> bytes | None:
+        """Receive, waiting `timeout` seconds at most (None: for ever); None where nothing came."""
+        if not self._polled:
+            return self._receive(timeout)
+        while (raw := self.take()) is None:
+            if not self._poll(select.POLLIN, timeout):
+                return None
+        return raw
+
+    def _send(self, raw: bytes, timeout: float | None) -> bool:
         while True:
             try:
                 self._queue.send(raw, timeout=timeout)
@@ -178,39 +192,16 @@ class Mailbox:
                 continue
             return True
 
-    def take(self) -> bytes | None:
-        """Receive without waiting; None where there is nothing."""
+    def _receive(self, timeout: float | None) -> bytes | None:
         while True:
             try:
-                raw: bytes = self._queue.receive(timeout=self._at_once)[0]
+                raw: bytes = self._queue.receive(timeout=timeout)[0]
             except posix_ipc.BusyError:
                 return None
             except posix_ipc.SignalError:
                 self.on_signal()
                 continue
             return raw
-
-    def receive(self) -> bytes:
-        """Receive, waiting for a message."""
-        while (raw := self.wait(None)) is None:
-            pass
-        return raw
-
-    def wait(self, timeout: float | None) -> bytes | None:
-        """Receive, waiting `timeout` seconds at most (None: for ever); None where nothing came."""
-        while self._polled:
-            raw = self.take()
-            if raw is not None or not self._poll(select.POLLIN, timeout):
-                return raw
-        while True:
-            try:
-                received: bytes = self._queue.receive(timeout=timeout)[0]
-            except posix_ipc.BusyError:
-                return None
-            except posix_ipc.SignalError:
-                self.on_signal()
-                continue
-            return received
 
     def _poll(self, events: int, timeout: float | None) -> bool:
         """Wait for room or a message, whoever takes it; False where the time ran out."""

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 import launching
 import pytest
-from lguest_devices import LguestDevice, needs_lguest_device
+from lguest_devices import GUESTS_OF, LguestDevice, host_options, needs_lguest_device
 
 # What a guest can run on: the embedded host, and the kernel's in eras with and without eventfds. (2.6.30 is between.)
 # With each, the guests of that era.
-HOSTS = {"embedded": "", "kernel-2.6.25": "2.6.26", "kernel-2.6.31": "3.x"}
+HOSTS = ("embedded", "kernel-2.6.25", "kernel-2.6.31")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -42,8 +42,7 @@ def host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         yield None
         return
     era = name.removeprefix("kernel-")
-    guests = HOSTS[name]
     with LguestDevice(era) as device:
-        options = ("--host", "kernel", "--lguest-device", device.path, "--lguest-abi", era, "--guest-abi", guests)
-        monkeypatch.setattr(launching, "host", launching.Host(options, f"abi={guests} "))
+        on_it = launching.Host(host_options(device, era), f"abi={GUESTS_OF[era]} ")
+        monkeypatch.setattr(launching, "host", on_it)
         yield device

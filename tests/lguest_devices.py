@@ -20,6 +20,8 @@ _MNT_DETACH = 2
 
 # The eras of the device, by the first kernel of each.
 DEVICE_ERAS = ("2.6.25", "2.6.30", "2.6.31")
+# The guests (a row of GUEST_ABIS) that run on each.
+GUESTS_OF = {"2.6.25": "2.6.26", "2.6.30": "2.6.30", "2.6.31": "3.x"}
 
 # For tests that need a stand-in: mounting it takes root.
 needs_lguest_device = pytest.mark.skipif(
@@ -100,3 +102,30 @@ class LguestDevice:
 
     def _read_log(self) -> list[Request]:
         return read_log(os.pread(self._log, os.fstat(self._log).st_size, 0))
+
+
+def host_options(device: LguestDevice, era: str) -> tuple[str, ...]:
+    """What has `lgmp run` use the device, spoken to as in that era, for a guest of that era."""
+    return ("--host", "kernel", "--lguest-device", device.path, "--lguest-abi", era, "--guest-abi", GUESTS_OF[era])
+
+
+# In a mount namespace of its own a device can have the name it has on a machine with the module; and this personality
+# makes the kernel call itself 2.6.something.
+AS_ON_SUCH_A_MACHINE = """
+set -e
+dev=$(mktemp -d)
+mount -t tmpfs none "$dev"
+for node in null zero full random urandom tty fuse; do touch "$dev/$node"; mount --bind /dev/$node "$dev/$node"; done
+mkdir "$dev/pts" "$dev/shm"
+mount --rbind /dev/pts "$dev/pts"
+ln -s pts/ptmx "$dev/ptmx"
+touch "$dev/lguest"
+mount --bind "$0" "$dev/lguest"
+mount --move "$dev" /dev
+rmdir "$dev"
+exec setarch --uname-2.6 "$@"
+"""
+
+
+def on_a_machine_with(device: LguestDevice) -> tuple[str, ...]:
+    return ("unshare", "--mount", "sh", "-c", AS_ON_SUCH_A_MACHINE, device.path)

@@ -17,8 +17,14 @@ import old_kernel
 import pytest
 from launching import GUEST, MEM, Launch, make_disk
 from lguest_device.log import Request
-from lguest_devices import DEVICE_ERAS, LguestDevice, needs_lguest_device
-from test_kernel_host import on_a_machine_with
+from lguest_devices import (
+    DEVICE_ERAS,
+    GUESTS_OF,
+    LguestDevice,
+    host_options,
+    needs_lguest_device,
+    on_a_machine_with,
+)
 
 TESTS = Path(__file__).resolve().parent
 CHECKOUT = TESTS.parent
@@ -42,7 +48,6 @@ UNIT_TESTS = (
 
 PAGE = 4096
 RAM = int(MEM) << 20
-GUEST_ABI = {"2.6.25": "2.6.26", "2.6.30": "2.6.30", "2.6.31": "3.x"}
 # linux/lguest_launcher.h
 LHREQ_INITIALIZE, LHREQ_IRQ, LHREQ_BREAK, LHREQ_EVENTFD = 0, 2, 3, 4
 
@@ -73,8 +78,8 @@ def launch(*arguments: str, prefix: Sequence[str] = (), lgmp: Sequence[str] = LG
 
 
 def launch_on(device: LguestDevice, era: str, commands: str, *options: str, prefix: Sequence[str] = ()) -> Launch:
-    host = ("--host", "kernel", "--lguest-device", device.path, "--lguest-abi", era, "--guest-abi", GUEST_ABI[era])
-    return launch("run", MEM, GUEST, *options, *host, "--", f"abi={GUEST_ABI[era]} {commands}", prefix=prefix)
+    words = (*options, *host_options(device, era), "--", f"abi={GUESTS_OF[era]} {commands}")
+    return launch("run", MEM, GUEST, *words, prefix=prefix)
 
 
 def words_of(request: Request) -> list[int]:

@@ -15,7 +15,14 @@ from pathlib import Path
 import pytest
 from launching import GUEST, MEM, Launch, make_disk, run, wait_until
 from lguest_device.log import Request
-from lguest_devices import DEVICE_ERAS, LguestDevice, needs_lguest_device
+from lguest_devices import (
+    DEVICE_ERAS,
+    GUESTS_OF,
+    LguestDevice,
+    host_options,
+    needs_lguest_device,
+    on_a_machine_with,
+)
 
 from lgmp.hosts.kernel.protocol import WORD_BYTES
 
@@ -31,7 +38,6 @@ GUEST_LIMIT = RAM + 7 * PAGE
 LHREQ_INITIALIZE, LHREQ_IRQ, LHREQ_BREAK, LHREQ_EVENTFD = 0, 2, 3, 4
 
 every_era = pytest.mark.parametrize("era", DEVICE_ERAS)
-ABI = {"2.6.25": "2.6.26", "2.6.30": "2.6.30", "2.6.31": "3.x"}
 
 
 def words(*numbers: int) -> bytes:
@@ -47,16 +53,12 @@ def written(device: LguestDevice, kind: int) -> list[Request]:
     return [each for each in device.requests("write") if request_of(each) == kind]
 
 
-def options(device: LguestDevice, era: str) -> tuple[str, ...]:
-    return ("--host", "kernel", "--lguest-device", device.path, "--lguest-abi", era, "--guest-abi", ABI[era])
-
-
 def commands(era: str, text: str) -> str:
-    return f"abi={ABI[era]} {text}"
+    return f"abi={GUESTS_OF[era]} {text}"
 
 
 def run_on(device: LguestDevice, era: str, text: str, *more: str) -> tuple[int, str, str]:
-    return run(commands(era, text), *options(device, era), *more)
+    return run(commands(era, text), *host_options(device, era), *more)
 
 
 def mapping(pid: int, descriptor_path: str) -> list[int]:
@@ -74,7 +76,7 @@ def test_a_guest_is_made_of_its_memory_its_pages_and_its_start(era: str, tmp_pat
 
     with LguestDevice(era) as device:
         with Launch(
-            *("run", MEM, GUEST, "--block", str(disk), *options(device, era), "--", commands(era, "quiet"))
+            *("run", MEM, GUEST, "--block", str(disk), *host_options(device, era), "--", commands(era, "quiet"))
         ) as launched:
             launched.wait_until_ready()
             (base,) = mapping(launched.pid, "lgmp-guest")
@@ -127,7 +129,7 @@ def test_a_kick_by_eventfd_does_not_wake_the_launcher(tmp_path: Path) -> None:
 
     with LguestDevice("2.6.31") as device:
         with Launch(
-            *("run", MEM, GUEST, "--block", str(disk), *options(device, "2.6.31"), "--", "quiet blk crc"),
+            *("run", MEM, GUEST, "--block", str(disk), *host_options(device, "2.6.31"), "--", "quiet blk crc"),
         ) as launched:
             launched.wait_until_ready()
             reads = len(device.requests("read"))
@@ -209,7 +211,7 @@ def test_a_launcher_that_is_killed_gives_its_guest_back(era: str, tmp_path: Path
     disk = make_disk(tmp_path / "disk.img")
 
     with LguestDevice(era) as device:
-        words = ("run", MEM, GUEST, "--block", str(disk), *options(device, era), "--", commands(era, "quiet"))
+        words = ("run", MEM, GUEST, "--block", str(disk), *host_options(device, era), "--", commands(era, "quiet"))
         with Launch(*words) as launched:
             launched.wait_until_ready()
             launched.signal(signal.SIGKILL)
@@ -226,7 +228,7 @@ def test_a_launcher_that_is_killed_gives_its_guest_back(era: str, tmp_path: Path
 )
 def test_a_signal_gets_the_owner_out_of_its_read(era: str, number: signal.Signals, text: str, shown: str) -> None:
     with LguestDevice(era) as device:
-        with Launch("run", MEM, GUEST, *options(device, era), "--", commands(era, text)) as launched:
+        with Launch("run", MEM, GUEST, *host_options(device, era), "--", commands(era, text)) as launched:
             launched.out.wait_for(shown)
             launched.signal(number)
             code, _out, err = launched.end()
@@ -237,7 +239,7 @@ def test_a_signal_gets_the_owner_out_of_its_read(era: str, number: signal.Signal
 def test_a_lost_signal_is_sent_again() -> None:
     # The read goes on after the first two, as if they had come just before it.
     with LguestDevice("2.6.31", inject=["read:EINTR@1", "read:EINTR@2", "read:EINTR@4"]) as device:
-        with Launch("run", MEM, GUEST, *options(device, "2.6.31"), "--", "quiet") as launched:
+        with Launch("run", MEM, GUEST, *host_options(device, "2.6.31"), "--", "quiet") as launched:
             launched.out.wait_for("test> ")
             launched.signal(signal.SIGTERM)
             code, _out, err = launched.end()
@@ -310,7 +312,7 @@ def test_a_refusal_is_one_line_that_says_what_was_tried(era: str, fault: str, li
 @every_era
 def test_a_device_of_the_other_era_is_recognised(era: str) -> None:
     with LguestDevice(era) as device:
-        code, _out, err = run("quiet poweroff", *options(device, OTHER[era]))
+        code, _out, err = run("quiet poweroff", *host_options(device, OTHER[era]))
 
         assert code == 1
         assert re.fullmatch(rf"lgmp: {device.path} .*INITIALIZE with {COUNTS[OTHER[era]]} words.*--lguest-abi.*\n", err)
@@ -325,7 +327,7 @@ def test_an_interrupt_that_the_host_refuses_ends_the_guest_with_a_line(era: str,
     words = ("run", MEM, GUEST, "--block", str(disk))
     with (
         LguestDevice(era, inject=["write:IRQ:EINVAL"]) as device,
-        Launch(*words, *options(device, era), "--", commands(era, "quiet blk crc")) as launched,
+        Launch(*words, *host_options(device, era), "--", commands(era, "quiet blk crc")) as launched,
     ):
         code, _out, err = launched.end()
 
@@ -405,28 +407,6 @@ def test_a_file_that_is_no_lguest_is_recognised(tmp_path: Path) -> None:
     assert re.fullmatch(rf"lgmp: {file} is of another era, or no lguest: it took \d+ bytes of .*\n", err), err
 
 
-# In a mount namespace of its own a device can have the name it has on a machine with the module; and this personality
-# makes the kernel call itself 2.6.something.
-AS_ON_SUCH_A_MACHINE = """
-set -e
-dev=$(mktemp -d)
-mount -t tmpfs none "$dev"
-for node in null zero full random urandom tty fuse; do touch "$dev/$node"; mount --bind /dev/$node "$dev/$node"; done
-mkdir "$dev/pts" "$dev/shm"
-mount --rbind /dev/pts "$dev/pts"
-ln -s pts/ptmx "$dev/ptmx"
-touch "$dev/lguest"
-mount --bind "$0" "$dev/lguest"
-mount --move "$dev" /dev
-rmdir "$dev"
-exec setarch --uname-2.6 "$@"
-"""
-
-
-def on_a_machine_with(device: LguestDevice) -> tuple[str, ...]:
-    return ("unshare", "--mount", "sh", "-c", AS_ON_SUCH_A_MACHINE, device.path)
-
-
 def test_where_the_device_is_there_guests_run_on_it_and_the_era_is_the_kernels() -> None:
     with LguestDevice("2.6.31") as device:
         code, out, err = run("quiet echo hello; poweroff", "-v", prefix=on_a_machine_with(device))
@@ -501,7 +481,7 @@ def test_on_a_kernel_without_lguest_a_named_device_needs_its_era() -> None:
 
 def test_the_emulator_is_not_loaded(tmp_path: Path) -> None:
     with LguestDevice("2.6.31") as device:
-        words = ("run", MEM, GUEST, *options(device, "2.6.31"), "--", "quiet")
+        words = ("run", MEM, GUEST, *host_options(device, "2.6.31"), "--", "quiet")
         with Launch(*words) as launched:
             launched.wait_until_ready()
             mapped = Path(f"/proc/{launched.pid}/maps").read_text()

@@ -91,8 +91,7 @@ def _open_lguest(path: str, wanted_abi: str) -> LguestDevice:
     from lgmp.hosts.kernel.host import LguestDevice  # noqa: PLC0415 - what others have no use for
 
     try:
-        if not os.path.exists(path):
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        os.stat(path)  # one that is missing is told of before its era is asked for
         return LguestDevice(path, _lguest_abi(path, wanted_abi))
     except OSError as error:
         raise LgmpError(f"cannot open {path}: {error.strerror}; {_remedy(path, error.errno)}") from error
