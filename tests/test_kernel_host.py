@@ -175,7 +175,11 @@ def test_to_2_6_30_another_thread_breaks_the_owner_out_who_then_sends_the_interr
         assert {each.thread for each in off} == {owner}
         assert {each.thread for each in written(device, LHREQ_IRQ)} == {owner}
         assert {each.thread for each in device.requests("read")} == {owner}
-        assert {each.error for each in breaks} <= {None, "ENOENT"}
+        log = device.requests("read", "write")
+        death = next(at for at, each in enumerate(log) if each.operation == "read" and each.error == "ENOENT")
+        assert {each.error for each in log[:death] if each in breaks} == {None}
+        # Who breaks into a guest that dies just then waits for its owner in vain, until a signal ends that.
+        assert {each.error for each in breaks} <= {None, "ENOENT", "EINTR"}
         assert written(device, LHREQ_EVENTFD) == []
 
 
