@@ -54,10 +54,10 @@ class BusDevice:
     """A device on the bus.
 
     `index` counts from 0 in the order of creation; `descriptor_address` is guest-physical; `features` is the mask of
-    those offered. Made by LguestBus.add_device.
+    those offered, `config` the configuration space. Made by LguestBus.add_device.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  as many as a device has properties
         self,
         memory: GuestMemory,
         *,
@@ -67,6 +67,7 @@ class BusDevice:
         descriptor_address: int,
         queues: list[QueueConfig],
         features: int,
+        config: bytes = b"",
     ) -> None:
         """Describe the device; nothing is written here."""
         self.name = name
@@ -75,6 +76,7 @@ class BusDevice:
         self.descriptor_address = descriptor_address
         self.queues = queues
         self.features = features
+        self.config = config
         self._view = memory.view
         self._status_address = descriptor_address + DESCRIPTOR_STATUS
         self._accepted_start = (
@@ -206,6 +208,7 @@ class LguestBus:
             descriptor_address=start,
             queues=queues,
             features=features,
+            config=config,
         )
         self._next_descriptor = start + size
         self._next_irq += len(queues)

@@ -1,4 +1,4 @@
-"""The commands: `lgmp run`, `lgmp demo`, `lgmp doctor`."""
+"""The commands: `lgmp run`, `lgmp demo`, `lgmp doctor`, `lgmp ps` and so on."""
 
 from __future__ import annotations
 
@@ -24,9 +24,19 @@ It needs no root and no kernel module, though it uses /dev/lguest where there is
 a process of its own.
 
 commands:
-  run     boot a kernel: lgmp run [options] MEM KERNEL [ARG...]
-  demo    boot the bundled test guest with a scratch disk, and show what runs where
-  doctor  say what this machine can do, and what to do about the rest
+  run             boot a kernel: lgmp run [options] MEM KERNEL [ARG...]
+  demo            boot the bundled test guest with a scratch disk, and show what runs where
+  doctor          say what this machine can do, and what to do about the rest
+  ps              list your guests, and the workers of each: lgmp ps [--json] [GUEST]
+  top             the same, live on this terminal: lgmp top [GUEST]
+  stop            end a guest: lgmp stop [GUEST]
+  pause, resume   have a guest stand still, and go on: lgmp pause [GUEST]
+  restart-worker  replace the worker of a device: lgmp restart-worker DEVICE [GUEST]
+  trace           show every request of a device as it happens: lgmp trace [GUEST] DEVICE [-o FILE]
+  record          keep them all, contents and all, in a file: lgmp record [GUEST] DEVICE -o FILE
+  replay          have a worker do them again, without a guest: lgmp replay FILE [--device ...]
+
+GUEST is a guest's name or its launcher's process id; it may be left out where there is only one.
 
 `lgmp COMMAND --help` says more.
 """
@@ -183,6 +193,14 @@ def run_parser() -> argparse.ArgumentParser:
         metavar="[=FILE]",
         help="random bytes for the guest; --rng alone has them from /dev/urandom, --rng=FILE from FILE",
     )
+    parser.add_argument(
+        "--device",
+        dest="devices",
+        type=_device,
+        action="append",
+        metavar="MODULE:CLASS[,KEY=VALUE...]",
+        help="a device of your own, a class of a Python module or of FILE.py; KEY=VALUE go to the class",
+    )
     parser.add_argument("--initrd", metavar="FILE", help="the initial RAM disk")
     parser.add_argument(
         "--host",
@@ -205,6 +223,20 @@ def run_parser() -> argparse.ArgumentParser:
         choices=GUEST_ABI_NAMES,
         default="auto",
         help="how the guest speaks with its host: as kernels from that version on do (default: as its version says)",
+    )
+    parser.add_argument(
+        "--on-crash",
+        choices=("restart", "stop"),
+        default="restart",
+        help="what becomes of a worker that ends of itself or is killed: it is started again, and its device goes on "
+        "where it was, or the guest ends (default: restart; one that keeps ending is given up, and its device with it)",
+    )
+    parser.add_argument(
+        "--on-device-error",
+        choices=("isolate", "die"),
+        default="isolate",
+        help="what becomes of a guest that breaks a rule of a device: it loses the device until it resets that, or it "
+        "ends (default: isolate)",
     )
     parser.add_argument("--chroot", metavar="DIR", help="lock the workers in DIR, which may be empty; takes root")
     parser.add_argument(
@@ -242,6 +274,8 @@ def _run(words: Sequence[str]) -> int:
         name=name,
         chroot=arguments.chroot,
         username=arguments.username,
+        on_crash=arguments.on_crash,
+        on_device_error=arguments.on_device_error,
         verbose=arguments.verbose,
     )
     return finish(launch(options))
@@ -272,6 +306,12 @@ def _rng(text: str) -> DeviceOption:
     from lgmp.devices import RngOption  # noqa: PLC0415
 
     return RngOption(text) if text else RngOption()
+
+
+def _device(text: str) -> DeviceOption:
+    from lgmp.devices import CustomOption  # noqa: PLC0415
+
+    return CustomOption(text)
 
 
 def _partition(words: Sequence[str], separator: str) -> tuple[Sequence[str], bool, Sequence[str]]:
@@ -317,7 +357,204 @@ def _doctor(words: Sequence[str]) -> int:
     return doctor()
 
 
-_COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"run": _run, "demo": _demo, "doctor": _doctor}
+_PS_EPILOG = """\
+The columns: RST how often it was started again; REQS requests; IN and OUT bytes given to the guest and taken from it;
+KICKS by the guest, INTS interrupts to it; ERR requests answered with an error, frames dropped and so on; CPU time and
+memory (its part of what is shared, where the system says). Below each worker: what its device stands on, the positions
+of its queues (modulo 65536), and the last thing that went wrong.
+
+--json has all of that and more, as an array of guests.
+"""
+
+_TOP_EPILOG = """\
+Twice a second, all a second's worth: REQ/s requests; IN/s and OUT/s bytes given to the guest and taken from it; KICK/s
+by the guest, INT/s interrupts to it. FLY are the requests in flight just now, RST the times that the worker was started
+again, ERR requests answered with an error, frames dropped and so on.
+
+Keys: q quits; arrows, PageUp and PageDown show what finds no room.
+"""
+
+
+def _guest_parser(command: str, words: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
+    """The parser of a command to a guest that runs; `words` are its own, before GUEST."""
+    parser = _Parser(
+        prog=f"lgmp {command}",
+        usage=f"lgmp {command} {words}[GUEST]",
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    if words == "DEVICE ":
+        parser.add_argument("device", metavar="DEVICE", help="the device, for example vda; `lgmp ps` shows them")
+    parser.add_argument(
+        "guest",
+        metavar="GUEST",
+        nargs="?",
+        help="the guest's name or its launcher's process id; may be left out where there is only one",
+    )
+    return parser
+
+
+def _ps(words: Sequence[str]) -> int:
+    parser = _guest_parser("ps", "[--json] ", "List your guests, and the workers of each.", _PS_EPILOG)
+    parser.add_argument("--json", action="store_true", help="everything, for programs")
+    arguments = parser.parse_args(words)
+    from lgmp.watching.ps import ps  # noqa: PLC0415
+
+    return ps(arguments.guest, arguments.json)
+
+
+def _top(words: Sequence[str]) -> int:
+    parser = _guest_parser("top", "", "Show your guests and the workers of each, live on this terminal.", _TOP_EPILOG)
+    arguments = parser.parse_args(words)
+    from lgmp.watching.top import top  # noqa: PLC0415
+
+    return top(arguments.guest)
+
+
+def _stop(words: Sequence[str]) -> int:
+    arguments = _guest_parser(
+        "stop", "", "End a guest, and wait until it has. Its launcher exits with 0; the guest is not asked."
+    ).parse_args(words)
+    from lgmp.watching.commands import stop  # noqa: PLC0415
+
+    return stop(arguments.guest)
+
+
+def _pause(words: Sequence[str]) -> int:
+    arguments = _guest_parser(
+        "pause", "", "Have a guest stand still until `lgmp resume`. Its workers finish what it has asked them for."
+    ).parse_args(words)
+    from lgmp.watching.commands import pause  # noqa: PLC0415
+
+    return pause(arguments.guest)
+
+
+def _resume(words: Sequence[str]) -> int:
+    arguments = _guest_parser("resume", "", "Have a guest that was paused go on.").parse_args(words)
+    from lgmp.watching.commands import resume  # noqa: PLC0415
+
+    return resume(arguments.guest)
+
+
+def _restart_worker(words: Sequence[str]) -> int:
+    arguments = _guest_parser(
+        "restart-worker",
+        "DEVICE ",
+        "Replace the worker of a device by a new one, also where it was given up. The guest notices nothing of it.",
+    ).parse_args(words)
+    from lgmp.watching.commands import restart_worker  # noqa: PLC0415
+
+    return restart_worker(arguments.device, arguments.guest)
+
+
+_TRACE_EPILOG = """\
+A disk's requests are a line each: when it was taken, what it is, its sector and length, what became of it, and how long
+the worker had it. A network device's are a line for each frame; with -o they go to FILE as a capture for Wireshark
+(pcapng), and `-o -` can be piped to one: lgmp trace eth0 -o - | tshark -r -. A console's are its texts; with -o FILE
+gets what the guest wrote, as it is. Those of other devices are shown in hexadecimal.
+
+^C ends the trace. The guest and the worker go on as before, and while nobody traces it a worker does nothing for it.
+"""
+
+_RECORD_EPILOG = """\
+FILE holds all that went through the rings: what is on the disk and the wire is in it, so only you may read it. Keep a
+copy of the disk from before, or `lgmp replay` has nothing to begin with. DEVICES.md has the format. ^C ends it.
+"""
+
+_REPLAY_EPILOG = """\
+KIND is what the worker is to stand on:
+  block,disk=FILE[,ro][,inplace]  the disk as it was when the recording began; what is written goes to a copy of it,
+                                  with inplace to FILE itself
+  net, console, rng               the recording is the other side as well
+  MODULE:CLASS[,KEY=VALUE...]     a device of your own, as --device of `lgmp run` has it
+Without --device it is as in the recording; but a disk has to be given, and so has a device of your own.
+
+exit status:
+  0  the same answers
+  1  others, or the worker ended: stdout says which
+"""
+
+
+def _traced_parser(command: str, words: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    """The parser of a command about a device of a guest that runs; `words` follow those."""
+    parser = _Parser(
+        prog=f"lgmp {command}",
+        usage=f"lgmp {command} [GUEST] DEVICE {words}",
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "guest",
+        metavar="GUEST",
+        nargs="?",
+        help="the guest's name or its launcher's process id; may be left out where there is only one",
+    )
+    parser.add_argument("device", metavar="DEVICE", help="the device, for example vda; `lgmp ps` shows them")
+    return parser
+
+
+def _trace(words: Sequence[str]) -> int:
+    parser = _traced_parser(
+        "trace", "[-o FILE]", "Show every request of a device of a running guest as it happens.", _TRACE_EPILOG
+    )
+    parser.add_argument("-o", "--output", metavar="FILE", help="where it goes, `-` is stdout; net: as pcapng")
+    arguments = parser.parse_args(words)
+    from lgmp.tracing.trace import trace  # noqa: PLC0415
+
+    return trace(arguments.guest, arguments.device, arguments.output)
+
+
+def _record(words: Sequence[str]) -> int:
+    parser = _traced_parser(
+        "record", "-o FILE", "Keep every request of a device of a running guest, for `lgmp replay`.", _RECORD_EPILOG
+    )
+    parser.add_argument("-o", "--output", metavar="FILE", required=True, help="where it goes")
+    arguments = parser.parse_args(words)
+    from lgmp.tracing.trace import record  # noqa: PLC0415
+
+    return record(arguments.guest, arguments.device, arguments.output)
+
+
+def _replay(words: Sequence[str]) -> int:
+    parser = _Parser(
+        prog="lgmp replay",
+        usage="lgmp replay FILE [--device KIND[,...]] [--timing] [--patience SECONDS]",
+        description="Have a worker do again what `lgmp record` has kept, without a guest, and compare its answers.",
+        epilog=_REPLAY_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("file", metavar="FILE", help="the recording")
+    parser.add_argument("--device", metavar="KIND[,...]", help="what serves it, and what that stands on: see below")
+    parser.add_argument("--timing", action="store_true", help="at the pace of the recording (default: at once)")
+    parser.add_argument(
+        "--patience",
+        metavar="SECONDS",
+        type=float,
+        default=10.0,
+        help="how long an answer may take (default: 10)",
+    )
+    arguments = parser.parse_args(words)
+    from lgmp.tracing.replay import replay  # noqa: PLC0415
+
+    return replay(arguments.file, arguments.device, timing=arguments.timing, patience=arguments.patience)
+
+
+_COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "run": _run,
+    "demo": _demo,
+    "doctor": _doctor,
+    "ps": _ps,
+    "top": _top,
+    "stop": _stop,
+    "pause": _pause,
+    "resume": _resume,
+    "restart-worker": _restart_worker,
+    "trace": _trace,
+    "record": _record,
+    "replay": _replay,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,7 +1,11 @@
-"""The control page: what must outlive a worker, in a small shared page that the launcher owns.
+"""The control page: what must outlive a worker, in a small shared file that the launcher owns.
 
-Each worker has one. It holds the position in each ring and what the driver accepted, so that a worker can be
-replaced by another that goes on where it stopped. It holds nothing that a guest can write.
+There is one for each device. A worker that was killed is replaced by another that goes on from what is in here: what
+the driver accepted, the requests in flight of each ring, and a little state of the device's own. The guest cannot
+reach it.
+
+Statistics lie here too. Whoever counts writes his own numbers in place, and they cost nobody anything until they are
+read: by `lgmp ps`, at a time of its own.
 """
 
 from __future__ import annotations
@@ -10,34 +14,71 @@ import mmap
 import os
 
 from lgmp import shared_file
+from lgmp.virtio.inflight import InflightRegion, inflight_bytes
 
-CONTROL_PAGE_BYTES = 4096
-MAX_QUEUES = 32
+TYPE_CHECKING = False  # as typing's, which is costly to import in a worker
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
-# Layout: accepted features (u64) at 0; from 64 on, 64 bytes for each queue:
-# next avail index to take (u16) at +0, next used index to write (u16) at +2.
+# Indexes into `ControlPage.statistics`, all u64.
+KICKS = 0  # wake-ups of the worker by a kick; the worker counts
+INTERRUPTS = 1  # sent to the guest; the launcher counts
+BYTES_IN = 2  # given to the guest; the worker counts
+BYTES_OUT = 3  # taken from the guest; the worker counts
+ERRORS = 4  # requests answered with an error, frames dropped and the like; the worker counts
+STATISTICS = 8
+
+# What a device may keep for its successor, in bytes.
+STATE_BYTES = 1024
+
+# Layout, in bytes: accepted features (u64), live (u64), statistics; the device's state; then, each on a cache line of
+# its own, the in-flight regions of the rings (lgmp.virtio.inflight).
 _FEATURES_U64 = 0
-_QUEUES_OFFSET = 64
-_QUEUE_BYTES = 64
-NEXT_AVAIL = 0
-NEXT_USED = 1
+_LIVE_U64 = 1
+_STATISTICS_OFFSET = 64
+_STATE_OFFSET = 1024
+_QUEUES_OFFSET = 2048
+_CACHE_LINE = 64
+
+
+def control_bytes(nums: Sequence[int]) -> int:
+    """The size in bytes of the control page of a device whose rings have `nums` descriptors."""
+    return _offsets(nums)[-1]
+
+
+def _offsets(nums: Sequence[int]) -> list[int]:
+    """Where the region of each ring begins, and behind them all the page's end."""
+    offsets = [_QUEUES_OFFSET]
+    for num in nums:
+        offsets.append(offsets[-1] + (inflight_bytes(num) + _CACHE_LINE - 1) // _CACHE_LINE * _CACHE_LINE)
+    offsets[-1] = (offsets[-1] + mmap.PAGESIZE - 1) // mmap.PAGESIZE * mmap.PAGESIZE
+    return offsets
 
 
 class ControlPage:
-    """The control page of one worker, mapped shared."""
+    """The control page of one device, mapped shared."""
 
-    def __init__(self, fd: int) -> None:
-        """Map an existing control page; this object then owns `fd`. Raises ValueError where it is too small."""
-        if os.fstat(fd).st_size < CONTROL_PAGE_BYTES:
+    def __init__(self, fd: int, nums: Sequence[int]) -> None:
+        """Map an existing control page; `nums`: descriptors of each ring. This object then owns `fd`.
+
+        Raises ValueError where it is too small, or one for other rings.
+        """
+        size = control_bytes(nums)
+        if os.fstat(fd).st_size < size:
             raise ValueError("not a control page: too small")
         self.fd = fd
-        self._map = mmap.mmap(fd, CONTROL_PAGE_BYTES, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
-        self._words = memoryview(self._map).cast("Q")
+        self._map = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        view = memoryview(self._map)
+        self._words = view[:_STATISTICS_OFFSET].cast("Q")
+        self.statistics = view[_STATISTICS_OFFSET : _STATISTICS_OFFSET + 8 * STATISTICS].cast("Q")
+        self.state = view[_STATE_OFFSET : _STATE_OFFSET + STATE_BYTES]
+        # The record of the requests in flight of each ring.
+        self.inflight = [InflightRegion(view[offset:], num) for offset, num in zip(_offsets(nums), nums, strict=False)]
 
     @classmethod
-    def create(cls) -> ControlPage:
+    def create(cls, nums: Sequence[int]) -> ControlPage:
         """A fresh page: no features accepted, every ring at its start."""
-        return cls(shared_file.create("lgmp-control", CONTROL_PAGE_BYTES))
+        return cls(shared_file.create("lgmp-control", control_bytes(nums)), nums)
 
     @property
     def accepted_features(self) -> int:
@@ -48,23 +89,30 @@ class ControlPage:
     def accepted_features(self, features: int) -> None:
         self._words[_FEATURES_U64] = features
 
-    def position(self, queue: int) -> memoryview:
-        """The two u16 of ring `queue`, [NEXT_AVAIL] and [NEXT_USED], as a live view.
+    @property
+    def live(self) -> bool:
+        """Whether a driver works with the rings; the launcher writes it, a worker reads it at its start."""
+        return bool(self._words[_LIVE_U64])
 
-        Raises IndexError past MAX_QUEUES.
-        """
-        if not 0 <= queue < MAX_QUEUES:
-            raise IndexError(f"queue {queue} of a device: at most {MAX_QUEUES} have a place in the control page")
-        start = _QUEUES_OFFSET + queue * _QUEUE_BYTES
-        return memoryview(self._map)[start : start + 4].cast("H")
+    @live.setter
+    def live(self, live: bool) -> None:
+        self._words[_LIVE_U64] = live
+
+    def position(self, queue: int) -> tuple[int, int]:
+        """The next index to take from the available ring, and the next to write of the used ring."""
+        region = self.inflight[queue]
+        used = region.used_idx
+        return (used + sum(region.inflight)) & 0xFFFF, used
 
     def reset(self) -> None:
-        """No features accepted, every ring at its start again."""
-        for index in range(CONTROL_PAGE_BYTES // 8):
-            self._words[index] = 0
+        """No features accepted, every ring at its start, nothing in flight. Counts and the device's state stay."""
+        self.live = False
+        self.accepted_features = 0
+        for region in self.inflight:
+            region.reset()
 
     def close(self) -> None:
-        """Unmap the page and close its descriptor. Views of positions that are still held keep the mapping alive."""
+        """Unmap the page and close its descriptor. Views that are still held keep the mapping alive."""
         self._words.release()
         try:  # noqa: SIM105  contextlib is costly to import in a worker
             self._map.close()

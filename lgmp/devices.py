@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from lgmp.disk import Disk
@@ -37,11 +37,17 @@ class RngOption(NamedTuple):
     path: str = RANDOM
 
 
-DeviceOption: TypeAlias = "BlockOption | RngOption | NetworkOption"
+class CustomOption(NamedTuple):
+    """One `--device`: a class of the user's own, as `MODULE:CLASS[,KEY=VALUE...]`."""
+
+    specification: str
+
+
+DeviceOption: TypeAlias = "BlockOption | RngOption | NetworkOption | CustomOption"
 
 
 class Model(NamedTuple):
-    """A device before it is on the bus. `on_started` is to be called once its worker runs, `details` are for people."""
+    """A device before it is on the bus; `details` are for people."""
 
     name: str
     device_type: int
@@ -49,7 +55,6 @@ class Model(NamedTuple):
     features: int
     config: bytes
     specification: WorkerSpecification
-    on_started: Callable[[], None] = lambda: None
     details: str = ""
 
 
@@ -57,19 +62,21 @@ def open_devices(options: Sequence[DeviceOption], stack: contextlib.ExitStack) -
     """Open what the devices stand on, in their order; `stack` closes it. Raises LgmpError, with the remedy."""
     models: list[Model] = []
     for option in options:
-        kind = _KINDS.get(type(option), ids.VIRTIO_ID_NET)
-        number = sum(model.device_type == kind for model in models)
         match option:
             case BlockOption():
-                models.append(_block(option, number, stack))
+                models.append(_block(option, _count(models, ids.VIRTIO_ID_BLOCK), stack))
             case RngOption():
-                models.append(_rng(option, number, stack))
+                models.append(_rng(option, _count(models, ids.VIRTIO_ID_RNG), stack))
+            case CustomOption():
+                models.append(_custom(option, models))
             case _:
-                models.append(_net(option, number, stack))
+                models.append(_net(option, _count(models, ids.VIRTIO_ID_NET), stack))
     return models
 
 
-_KINDS: dict[type, int] = {BlockOption: ids.VIRTIO_ID_BLOCK, RngOption: ids.VIRTIO_ID_RNG}
+def _count(models: Sequence[Model], device_type: int) -> int:
+    """How many devices of a type there are: a guest numbers them so."""
+    return sum(model.device_type == device_type for model in models)
 
 
 def _block(option: BlockOption, number: int, stack: contextlib.ExitStack) -> Model:
@@ -101,7 +108,6 @@ def _net(option: NetworkOption, number: int, stack: contextlib.ExitStack) -> Mod
         net.features(network.offloads),
         net.config_space(network.mac),
         WorkerSpecification("workers.net", (*network.worker_options, "--", network.title), (network.descriptor,)),
-        network.handed_over,
         details=f"mac={format_mac(network.mac)} net={network.title}",
     )
 
@@ -117,6 +123,23 @@ def _rng(option: RngOption, number: int, stack: contextlib.ExitStack) -> Model:
         b"",
         WorkerSpecification("workers.rng", ("--source-fd", str(descriptor), "--", option.path), (descriptor,)),
         details=f"file={option.path}",
+    )
+
+
+def _custom(option: CustomOption, models: Sequence[Model]) -> Model:
+    from lgmp.custom_device import describe  # noqa: PLC0415  only who has one is to wait for its modules
+
+    words = option.specification
+    device = describe(words)
+    number = sum(model.name.rstrip("0123456789") == device.kind for model in models)
+    return Model(
+        f"{device.kind}{number}",
+        device.device_type,
+        device.queue_count,
+        device.features,
+        device.config,
+        WorkerSpecification("workers.custom", ("--kind", device.kind, "--", words)),
+        details=f"device={words}",
     )
 
 

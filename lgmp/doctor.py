@@ -17,7 +17,15 @@ from lgmp.errors import LgmpError
 from lgmp.hosts import GuestStart
 from lgmp.hosts.choice import LGUEST_DEVICE, choose
 from lgmp.hosts.embedded.abi import LATEST
-from lgmp.mailbox import MAILBOX_MESSAGE_BYTES, MAILBOX_MESSAGES, MQUEUE_DIRECTORY, Mailbox, queue_name
+from lgmp.mailbox import (
+    COMPLETION_MESSAGE_BYTES,
+    COMPLETION_MESSAGES,
+    MAILBOX_MESSAGE_BYTES,
+    MAILBOX_MESSAGES,
+    MQUEUE_DIRECTORY,
+    Mailbox,
+    queue_name,
+)
 from lgmp.memory import GuestMemory
 from lgmp.network import PASST
 from lgmp.tap import TUN_DEVICE
@@ -184,16 +192,22 @@ def _message_queue() -> None:
 
 def _message_queue_limits() -> Iterator[Finding]:
     limit, _hard = resource.getrlimit(resource.RLIMIT_MSGQUEUE)
-    per_queue = MAILBOX_MESSAGES * (MAILBOX_MESSAGE_BYTES + _BYTES_PER_MESSAGE)
+    per_device = sum(
+        messages * (message_bytes + _BYTES_PER_MESSAGE)
+        for messages, message_bytes in (
+            (MAILBOX_MESSAGES, MAILBOX_MESSAGE_BYTES),
+            (COMPLETION_MESSAGES, COMPLETION_MESSAGE_BYTES),
+        )
+    )
     unlimited = limit == resource.RLIM_INFINITY
-    devices = 999 if unlimited else limit // per_queue
+    devices = 999 if unlimited else limit // per_device
     yield Finding(
         "bytes in message queues",
         devices >= 32,
         "no limit" if unlimited else f"{limit} for this user, enough for about {devices} devices at once",
         "raise it: ulimit -q 819200, or a line `msgqueue` in /etc/security/limits.conf",
     )
-    for name, least, meaning in (("queues_max", 32, "queues"), ("msg_max", 10, "messages in a queue")):
+    for name, least, meaning in (("queues_max", 64, "queues"), ("msg_max", 10, "messages in a queue")):
         try:
             value = int((_MQUEUE_LIMITS / name).read_text())
         except (OSError, ValueError) as error:

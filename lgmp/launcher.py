@@ -11,14 +11,18 @@ import os
 import select
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from lgmp import errors, hosts
 from lgmp.bus import BusDevice, LguestBus, QueueNotify, StatusNotify, vring_pages
 from lgmp.confinement import Confinement
+from lgmp.control_socket import ControlServer
 from lgmp.devices import DeviceOption, Model, open_devices
-from lgmp.errors import say
+from lgmp.errors import LgmpError, say
+from lgmp.guest_status import GuestFacts, GuestStatus
 from lgmp.hosts import choice
 from lgmp.hosts.embedded.abi import GuestAbi
 from lgmp.loader import LoadedGuest, load_guest, map_memory
@@ -27,6 +31,7 @@ from lgmp.memory import PAGE_SIZE, GuestMemory
 from lgmp.supervisor import Supervisor, Worker, WorkerSpecification
 from lgmp.terminal import RawTerminal
 from lgmp.title import set_title
+from lgmp.tracing import wire
 from lgmp.virtio import console as virtio_console
 from lgmp.virtio import ids
 from lgmp.virtio.ring import VringLayout
@@ -55,7 +60,9 @@ class GuestOptions(NamedTuple):
     """What to launch.
 
     `memory_bytes` is RAM in bytes, whole pages; `host`, `lguest_device` and `lguest_abi` are as hosts/choice.py has
-    them; `chroot` and `username` are for the workers; `on_running` is called before the guest's first instruction.
+    them; `chroot` and `username` are for the workers; `on_crash` is "restart" or "stop", for a worker that ends;
+    `on_device_error` "isolate" or "die", for a guest that breaks the rules of a device, and loses that or its life;
+    `on_running` is called before the guest's first instruction.
     """
 
     memory_bytes: int
@@ -70,6 +77,8 @@ class GuestOptions(NamedTuple):
     name: str | None = None
     chroot: str | None = None
     username: str | None = None
+    on_crash: str = "restart"
+    on_device_error: str = "isolate"
     verbose: bool = False
     on_running: Callable[[Running], None] | None = None
 
@@ -81,12 +90,16 @@ class Running(NamedTuple):
 
 
 class End(NamedTuple):
-    """How a launch ended: the exit code, and what to say, if anything. `reboot`: the guest wants to start again."""
+    """How a launch ended: the exit code, and what to say, if anything.
+
+    `reboot`: the guest wants to start again; `stopped`: `lgmp stop` ended it.
+    """
 
     code: int
     message: str | None = None
     patience: float | None = None
     reboot: bool = False
+    stopped: bool = False
 
 
 def launch(options: GuestOptions) -> End:
@@ -116,8 +129,16 @@ class Launch:
         self._rings: dict[tuple[int, int], tuple[int, int]] = {}
         # The devices, by index, whose drivers --verbose has told of since they were reset.
         self._announced: set[int] = set()
+        # The devices, by index, that are broken, and whose drivers are yet to be told.
+        self._broken: set[int] = set()
         # Whether a guest notifies a device's descriptor for any status that it writes, not only to reset the device.
         self._status_notify = True
+        # What devices stand on, by index, in words.
+        self._details: dict[int, str] = {}
+        # Whether the guest is to stand still, whether it does, and what its thread waits for while it does.
+        self._paused = False
+        self._stands_still = False
+        self._goes_on = threading.Event()
         # The ending signals that came, whether or not there was still somebody to end the guest for them.
         self.signals: list[int] = []
         self._name = options.name or f"{os.path.basename(options.kernel)}-{os.getpid()}"
@@ -139,13 +160,15 @@ class Launch:
         waker = Waker()
         # Before there is a queue that a signal could leave behind.
         self._catch_signals(waker)
+        control_socket = self._open_control_socket(waker)
         self._supervisor = supervisor = Supervisor(
             memory,
             self._name,
             waker,
             self,
-            options=("--program", errors.program, *confinement.options()),
+            options=("--program", errors.program, *confinement.options(), *_control_options(control_socket)),
             takes_kicks=kind.takes_kicks,
+            on_crash=options.on_crash,
         )
         stack.callback(supervisor.close)
         # Last, so that it is closed first: nothing that it watches goes away under it.
@@ -169,6 +192,16 @@ class Launch:
         # Once more: the waker has to end before the host does as well.
         stack.callback(waker.close)
         self._connect_kicks(host)
+        facts = GuestFacts(
+            name=self._name,
+            pid=os.getpid(),
+            kernel=os.path.abspath(options.kernel),
+            memory_bytes=options.memory_bytes,
+            host=kind.name,
+            guest_abi=guest_abi.name,
+            socket=control_socket.path if control_socket is not None else "",
+        )
+        self._status = GuestStatus(facts, supervisor.workers, self._details)
         waker.start()
         if options.on_running is not None:
             options.on_running(
@@ -185,6 +218,16 @@ class Launch:
                 return End(128 + number)
         return self._end
 
+    def _open_control_socket(self, waker: Waker) -> ControlServer | None:
+        """Have `lgmp ps` and its like see and command the guest; None where no socket for that can be had."""
+        try:
+            server = ControlServer(waker, self)
+        except LgmpError as error:
+            self._say(f"no control socket, so `lgmp ps` does not show this guest: {error}")
+            return None
+        self._stack.callback(server.close)
+        return server
+
     def _add_devices(self, bus: LguestBus, models: Sequence[Model], terminal: RawTerminal | None) -> None:
         """Devices in the order of the command line, the console last, as every lguest launcher had them."""
         for model in models:
@@ -196,18 +239,22 @@ class Launch:
                 model.config,
             )
             self._start(device, model.specification, model.details)
-            model.on_started()
         device = bus.add_device(
             ids.VIRTIO_ID_CONSOLE, "console", [ids.VIRTQUEUE_NUM, ids.VIRTQUEUE_NUM], virtio_console.features(), b""
         )
-        restore = ("--restore-termios", terminal.to_argument()) if terminal else ()
-        self._start(device, WorkerSpecification("workers.console", restore, has_terminal=True), "")
+        specification = WorkerSpecification("workers.console", has_terminal=True)
+        if terminal is not None:
+            specification = specification._replace(
+                options=("--restore-termios", terminal.to_argument()), before_restart=terminal.enter_again
+            )
+        self._start(device, specification, "")
 
     def _start(self, device: BusDevice, specification: WorkerSpecification, details: str) -> None:
         worker = self._supervisor.start(device, specification)
         for number, queue in enumerate(device.queues):
             avail = VringLayout.legacy(queue.num, queue.address).avail
             self._rings[device.index, number] = (avail, queue.irq)
+        self._details[device.index] = details
         kind = specification.module.removeprefix("workers.")
         self._say(f"device {device.index}: {device.name} type={kind} pid={worker.process.pid} {details}".rstrip())
         for number, queue in enumerate(device.queues):
@@ -233,6 +280,8 @@ class Launch:
                 case hosts.Notify():
                     self._notified(event.address)
                 case hosts.Break():
+                    self._stand_still()
+                    self._mark_broken()
                     if not host.irq_from_any_thread:
                         self._send_interrupts(host)
                 case hosts.Died():
@@ -245,6 +294,13 @@ class Launch:
                     return End(EXIT_POWERED_OFF, reboot=True)
             if self._end is not None:
                 return self._end
+
+    def _stand_still(self) -> None:
+        """In the guest's thread: for as long as the guest is paused, unless its end has come."""
+        while self._paused and self._end is None:
+            self._stands_still = True
+            self._goes_on.wait()
+        self._stands_still = False
 
     def _notified(self, address: int) -> None:
         target = self._bus.find(address)
@@ -284,6 +340,7 @@ class Launch:
     def _reset(self, worker: Worker) -> None:
         self._say(f"device {worker.device.index}: {worker.device.name} reset")
         self._announced.discard(worker.device.index)
+        self._broken.discard(worker.device.index)
         self._supervisor.reset(worker, give_up=lambda: self._end is not None)
 
     def _early_console(self, address: int) -> None:
@@ -336,9 +393,21 @@ class Launch:
             avail, irq = self._rings[index, number]
             if not view[avail] & ids.VRING_AVAIL_F_NO_INTERRUPT:
                 host.irq(irq)
+                self._supervisor.count_interrupt(index)
+
+    def _mark_broken(self) -> None:
+        """Tell drivers that their devices are no good until they are reset, in the guest's thread: it stands still."""
+        while self._broken:
+            device = self._worker_of_index(self._broken.pop()).device
+            # A driver that has just begun a reset, or has none, is not to find this in the place of its 0.
+            if device.status:
+                device.status |= ids.VIRTIO_CONFIG_S_NEEDS_RESET
 
     def _worker_of(self, device: BusDevice) -> Worker:
-        return self._supervisor.workers[device.index]
+        return self._worker_of_index(device.index)
+
+    def _worker_of_index(self, index: int) -> Worker:
+        return self._supervisor.workers[index]
 
     def _break_in(self) -> None:
         if self._host is not None:
@@ -348,15 +417,113 @@ class Launch:
         """From any thread: the guest has to end. The first word counts, unless it was that all is well."""
         if self._end is None or self._end.code == EXIT_POWERED_OFF:
             self._end = end
+        self._goes_on.set()
         self._break_in()
 
     def quit(self) -> None:
         """In the waker: the user asked for the end."""
         self._finish(End(EXIT_QUIT, patience=_PATIENCE))
 
+    @property
+    def ending(self) -> bool:
+        """Whether the end has come."""
+        return self._end is not None
+
+    def restarted(self, worker: Worker, why: str) -> None:
+        """In the waker: a worker has a successor."""
+        in_flight = sum(len(region.heads()) for region in worker.control.inflight)
+        say(f"{why}; started again as pid {worker.process.pid}, {in_flight} in flight")
+
+    def broken(self, worker: Worker, why: str) -> None:
+        """In the waker: a device is no good until its driver resets it."""
+        if self._options.on_device_error == "die":
+            self.failed(why)
+            return
+        say(f"{why}; {worker.device.name} is out of order until its driver resets it")
+        self._broken.add(worker.device.index)
+        self._break_in()
+
     def failed(self, text: str) -> None:
         """In the waker: the guest has to end."""
         self._finish(End(EXIT_FAILED, text, patience=_PATIENCE))
+
+    def status(self) -> dict[str, object]:
+        """In the waker, as all that the control socket commands: what there is to see of the guest."""
+        if self.ending:
+            state = "ending"
+        elif self._paused:
+            state = "paused" if self._stands_still else "pausing"
+        else:
+            state = "running"
+        return self._status.read(state)
+
+    def stop(self) -> None:
+        """End the guest."""
+        if not self.ending:
+            self._say(f"guest {self._name}: stopped")
+        self._finish(End(EXIT_POWERED_OFF, patience=_PATIENCE, stopped=True))
+
+    def pause(self) -> None:
+        """Have the guest stand still. Its workers do not: what it asked them for they still do."""
+        self._refuse_at_the_end()
+        if not self._paused:
+            self._goes_on.clear()
+            self._paused = True
+            self._break_in()
+
+    def resume(self) -> None:
+        """Have the guest go on."""
+        self._refuse_at_the_end()
+        self._paused = False
+        self._goes_on.set()
+
+    def restart_worker(self, name: str) -> None:
+        """Replace the worker of a device by a new one, also where it was given up."""
+        self._refuse_at_the_end()
+        self._supervisor.restart(self._worker_named(name))
+
+    def trace(self, name: str, level: int) -> int:
+        """Have a worker tell what goes through the rings of its device; gives the descriptor by which it does."""
+        self._refuse_at_the_end()
+        if level not in (wire.HEADS, wire.FULL, wire.PAYLOADS):
+            raise LgmpError(f"there is no trace of level {level}; is this lgmp another one?")
+        worker = self._worker_named(name)
+        return self._supervisor.trace(worker, level, self._recording_header(worker))
+
+    def trace_ended(self, name: str) -> None:
+        """Nobody reads that trace any more."""
+        self._supervisor.trace_ended(self._worker_named(name))
+
+    def _recording_header(self, worker: Worker) -> bytes:
+        """What a recording says of a device."""
+        from lgmp.tracing.recording import Header  # noqa: PLC0415  nothing that a guest has to wait for
+
+        device = worker.device
+        header = Header(
+            self._name,
+            device.name,
+            device.device_type,
+            worker.specification.module,
+            worker.specification.options,
+            device.features,
+            device.config,
+            tuple(VringLayout.legacy(queue.num, queue.address) for queue in device.queues),
+            self._memory.ram_bytes,
+            self._memory.limit,
+            time.time_ns(),
+        )
+        return header.pack()
+
+    def _worker_named(self, name: str) -> Worker:
+        for worker in self._supervisor.workers:
+            if worker.device.name == name:
+                return worker
+        names = ", ".join(worker.device.name for worker in self._supervisor.workers)
+        raise LgmpError(f"guest {self._name} has no device {name}; it has {names}")
+
+    def _refuse_at_the_end(self) -> None:
+        if self.ending:
+            raise LgmpError(f"guest {self._name} is about to end")
 
     def _catch_signals(self, waker: Waker) -> None:
         """Have the waker hear of signals; Python's own handlers would wait for the guest's thread."""
@@ -378,6 +545,11 @@ def _device_pages(models: Sequence[Model]) -> int:
     """The pages above RAM: the descriptor page, and the rings of all devices. The guest gets no more."""
     queues = sum(model.queues for model in models) + virtio_console.QUEUES
     return 1 + queues * vring_pages(ids.VIRTQUEUE_NUM)
+
+
+def _control_options(server: ControlServer | None) -> tuple[str, ...]:
+    """The option for workers that says where the control socket is."""
+    return () if server is None else ("--control-socket", server.path)
 
 
 def _say_nothing(text: str) -> None:

@@ -46,6 +46,7 @@ Options may stand anywhere and be abbreviated; after `--` come words only. The f
 second the kernel (vmlinux or bzImage), the rest are the kernel's arguments; one that begins with "-" needs a `--`.
 
 exit status:
+  0      `lgmp stop` ended the guest
   1      the guest ended, or could not start: one line on stderr says why. As ever, a guest that powers off is no
          exception: "lguest: CRASH: Power down" (`lgmp run` exits with 0 and says nothing)
   2      three ^C within a second
@@ -89,7 +90,7 @@ def _lguest(words: Sequence[str]) -> int:
         raise LgmpError(USAGE)
     end = launch(_guest_options(pairs, positional))
     status = finish(end)
-    if status == EXIT_POWERED_OFF:
+    if status == EXIT_POWERED_OFF and not end.stopped:
         raise LgmpError(POWER_DOWN)
     return status
 
@@ -122,6 +123,7 @@ def _guest_options(pairs: Sequence[tuple[str, str | None]], positional: Sequence
         devices=tuple(devices),
         chroot=given.get("chroot"),
         username=given.get("username"),
+        on_device_error="die",  # as ever
         verbose=("verbose", None) in pairs,
     )
 

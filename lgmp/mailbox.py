@@ -1,9 +1,11 @@
 """The message queues between the launcher and its workers, and what is said over them.
 
-One queue per worker carries what the launcher tells it; one queue, the completion queue, carries what all
-workers tell the launcher. A message is a msgpack array of small integers (and one short text), never guest
-data. Kicks are level-triggered: a full mailbox means that a message is waiting, and a worker looks at all its
-rings after every message, so a kick that finds no room need not be sent.
+Each worker has two queues, made for it alone: its mailbox carries what the launcher tells it, its completion queue
+what it tells the launcher. (One completion queue for all would have to keep its name for as long as a worker may be
+started again, and what a dead worker had said could not be told from what its successor says.) A message is a msgpack
+array of small integers (and one short text), never guest data. Kicks are level-triggered: a full mailbox means that a
+message is waiting, and a worker looks at all its rings after every message, so a kick that finds no room need not be
+sent.
 
 Names exist only while a worker starts: both ends hold a queue by its descriptor, and the launcher unlinks the
 name once the worker has said READY, so that nothing is left behind even when everything is killed at once.
@@ -31,7 +33,7 @@ NAME_PREFIX = "lgmp."
 # RLIMIT_MSGQUEUE is 800 KiB a user and fs.mqueue.msg_max 10 messages a queue: both stay small.
 MAILBOX_MESSAGES = 8
 MAILBOX_MESSAGE_BYTES = 64
-COMPLETION_MESSAGES = 10
+COMPLETION_MESSAGES = 4
 COMPLETION_MESSAGE_BYTES = 512
 
 
@@ -41,6 +43,7 @@ class ToWorker(IntEnum):
     KICK = 1  # [KICK]: look at your rings
     RESET = 2  # [RESET]: the guest reset the device; stop touching its rings, start from position 0, say RESET_DONE
     STOP = 3  # [STOP]: finish what is in the rings, then exit with 0
+    TRACE = 4  # [TRACE, setting]: tell the trace socket what goes through the rings (lgmp.tracing.wire); 0: no more
 
 
 class ToLauncher(IntEnum):
@@ -51,6 +54,7 @@ class ToLauncher(IntEnum):
     RESET_DONE = 3  # [RESET_DONE, device]
     QUIT = 4  # [QUIT, device]: the user asked for the end of the guest (three ^C)
     FAILED = 5  # [FAILED, device, text]: the device cannot go on; the worker exits after this
+    BROKEN = 7  # [BROKEN, device, text]: the driver broke a rule; its rings are left alone until it resets the device
     KICKED = 6  # [KICKED, device]: kicked past the launcher, but not told yet that the driver has begun: KICK if so
 
 

@@ -111,15 +111,11 @@ class Network:
         """Give it up."""
         self.close()
 
-    def handed_over(self) -> None:
-        """The worker has the descriptor: from now on it alone keeps the network there."""
+    def close(self) -> None:
+        """Give it up. Until then it outlives the worker that has it too, and a successor of that can have it."""
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
-
-    def close(self) -> None:
-        """Give it up."""
-        self.handed_over()
 
 
 def open_network(option: NetworkOption, number: int) -> Network:

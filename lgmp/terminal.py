@@ -10,6 +10,10 @@ from __future__ import annotations
 import os
 import termios
 
+TYPE_CHECKING = False  # as typing's, which is costly to import in a worker
+if TYPE_CHECKING:
+    from typing import Any
+
 # tcgetattr's list.
 _IFLAG, _OFLAG, _CFLAG, _LFLAG, _ISPEED, _OSPEED, _CC = range(7)
 _RAW_LFLAGS = termios.ISIG | termios.ICANON | termios.ECHO
@@ -34,18 +38,20 @@ class RawTerminal:
             return None
         try:
             modes = termios.tcgetattr(fd)
-        except termios.error:
-            return None
-        saved = [*modes[_IFLAG:_ISPEED], *(_number(character) for character in modes[_CC])]
-        modes[_LFLAG] &= ~_RAW_LFLAGS
-        # Where ICANON was on, these two places may mean something else (termios(3)): one byte is enough for a read.
-        modes[_CC][termios.VMIN] = 1
-        modes[_CC][termios.VTIME] = 0
-        try:
-            termios.tcsetattr(fd, termios.TCSANOW, modes)
+            saved = [*modes[_IFLAG:_ISPEED], *(_number(character) for character in modes[_CC])]
+            _make_raw(fd, modes)
         except termios.error:
             return None
         return cls(fd, saved)
+
+    def enter_again(self) -> None:
+        """Make the terminal raw once more, where somebody has restored it meanwhile; not from the background."""
+        if not _may_set_modes(self.fd):
+            return
+        try:  # noqa: SIM105  contextlib is costly to import in a worker
+            _make_raw(self.fd, termios.tcgetattr(self.fd))
+        except termios.error:
+            pass  # the terminal is gone
 
     def to_argument(self) -> str:
         """The saved modes as text, as `stty -g` prints them."""
@@ -79,6 +85,15 @@ class RawTerminal:
             termios.tcsetattr(self.fd, termios.TCSANOW, modes)
         except (termios.error, TypeError):
             pass  # the terminal is gone, or never was this one
+
+
+def _make_raw(fd: int, modes: list[Any]) -> None:
+    """Set `modes`, made raw. Raises termios.error."""
+    modes[_LFLAG] &= ~_RAW_LFLAGS
+    # Where ICANON was on, these two places may mean something else (termios(3)): one byte is enough for a read.
+    modes[_CC][termios.VMIN] = 1
+    modes[_CC][termios.VTIME] = 0
+    termios.tcsetattr(fd, termios.TCSANOW, modes)
 
 
 def _may_set_modes(fd: int) -> bool:

@@ -7,10 +7,12 @@ launcher's attention are descriptors here; each has a function that is called, i
 from __future__ import annotations
 
 import contextlib
+import heapq
 import os
 import select
 import signal
 import threading
+import time
 from collections.abc import Callable
 
 # Linux's pipes hold this much; none that comes while one is full is heard of.
@@ -29,6 +31,10 @@ class Waker:
         self._signal_handlers: dict[int, Callable[[int], None]] = {}
         self._old_wakeup_descriptor: int | None = None
         self._closing = False
+        # What is to be called later: (when, number, what), where the numbers keep those of one time in order.
+        self._later: list[tuple[float, int, Callable[[], object]]] = []
+        self._later_number = 0
+        self._later_lock = threading.Lock()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="lgmp-waker", daemon=True)
         # The numbers of the signals that came, and the doorbell of `close`.
@@ -61,6 +67,13 @@ class Waker:
             self._old_wakeup_descriptor = signal.set_wakeup_fd(self._bell, warn_on_full_buffer=False)
         self._signal_handlers[number] = handler
 
+    def call_later(self, seconds: float, call: Callable[[], object]) -> None:
+        """Call `call` in this thread, `seconds` from now, unless `close` comes first. From any thread."""
+        with self._later_lock:
+            self._later_number += 1
+            heapq.heappush(self._later, (time.monotonic() + seconds, self._later_number, call))
+        self._ring()
+
     def start(self) -> None:
         """Start the thread."""
         self._thread.start()
@@ -71,8 +84,7 @@ class Waker:
             return
         if self._thread.is_alive():
             self._closing = True
-            with contextlib.suppress(BlockingIOError):  # full: it wakes up anyway
-                os.write(self._bell, _DOORBELL)
+            self._ring()
             self._thread.join()
         if self._old_wakeup_descriptor is not None:
             signal.set_wakeup_fd(self._old_wakeup_descriptor)
@@ -81,6 +93,22 @@ class Waker:
         self._bell = -1
         if self._failure is not None:
             raise self._failure
+
+    def _ring(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # full: it wakes up anyway
+            os.write(self._bell, _DOORBELL)
+
+    def _call_what_is_due(self) -> float | None:
+        """Call what is due by now; gives the milliseconds until something else is, None where nothing is."""
+        while True:
+            with self._later_lock:
+                if not self._later:
+                    return None
+                left = self._later[0][0] - time.monotonic()
+                if left > 0:
+                    return left * 1000
+                call = heapq.heappop(self._later)[2]
+            call()
 
     def _hear(self) -> None:
         heard = os.read(self._heard, _PIPE_BYTES)
@@ -94,7 +122,7 @@ class Waker:
     def _run(self) -> None:
         try:
             while not self._closing:
-                for descriptor, _events in self._poll.poll():
+                for descriptor, _events in self._poll.poll(self._call_what_is_due()):
                     handler = self._handlers.get(descriptor)
                     if handler is not None:
                         handler()

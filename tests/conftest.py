@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from random import SystemRandom
 
 import launching
 import pytest
 from lguest_devices import GUESTS_OF, LguestDevice, host_options, needs_lguest_device
+
+pytest_plugins = ["lgmp.testing.fixtures"]
 
 # What a guest can run on: the embedded host, and the kernel's in eras with and without eventfds. (2.6.30 is between.)
 # With each, the guests of that era.
@@ -20,6 +23,20 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if os.environ.get("CI") == "true" and reporter is not None and reporter.stats.get("skipped"):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How long tests run that decide at random, and by what; scripts/fuzz has options of its own."""
+    group = parser.getgroup("lgmp")
+    group.addoption("--seed", type=int, metavar="N", help="what random decisions follow from (a random one; printed)")
+    group.addoption("--kills", type=int, default=20, metavar="N", help="how many workers test_many_kills kills (20)")
+
+
+@pytest.fixture(scope="session")
+def seed(request: pytest.FixtureRequest) -> int:
+    """What a test's random decisions follow from. Whoever uses it prints it: a failed test shows what it printed."""
+    given: int | None = request.config.getoption("--seed")
+    return SystemRandom().randrange(1 << 32) if given is None else given
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import os
 import signal
 import struct
@@ -16,7 +17,7 @@ import sys
 import termios
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +26,8 @@ from typing import IO
 import posix_ipc
 
 import lgmp
+from lgmp.control_socket import connect
+from lgmp.runtime_directory import RuntimeDirectory
 
 LGMP = (sys.executable, "-P", "-m", "lgmp")
 GUEST = str(Path(lgmp.__file__).parent / "testguest.elf")
@@ -93,7 +96,8 @@ def command_line(pid: int) -> str:
 
 def open_queues(launcher: int, devices: Sequence[str] = ("vda", "vdb", "console")) -> list[str]:
     """Which of the message queues that a launcher makes exist by name."""
-    return [name for name in (f"/lgmp.{launcher}.{what}" for what in ("done", *devices)) if _queue_exists(name)]
+    names = (f"/lgmp.{launcher}.{device}{end}" for device in devices for end in ("", ".done"))
+    return [name for name in names if _queue_exists(name)]
 
 
 def _queue_exists(name: str) -> bool:
@@ -102,6 +106,22 @@ def _queue_exists(name: str) -> bool:
     except posix_ipc.ExistentialError:
         return False
     return True
+
+
+def open_sockets(launcher: int, env: Mapping[str, str] = os.environ) -> list[str]:
+    """The control sockets of a launcher with that environment, wherever it may have made them."""
+    directories = ["/run/user/*/lgmp", "/tmp/lgmp-*"]
+    for variable, name in (("XDG_RUNTIME_DIR", "lgmp"), ("TMPDIR", "lgmp-*")):
+        if env.get(variable):
+            directories.append(f"{glob.escape(env[variable])}/{name}")
+    return sorted({path for directory in directories for path in glob.glob(f"{directory}/{launcher}.*")})
+
+
+def _sweep_socket(path: str) -> None:
+    """Take a socket away as the next launch would, if that would."""
+    directory, name = os.path.split(path)
+    with RuntimeDirectory(directory) as opened:
+        connect(opened, name, 0)
 
 
 class Stream:
@@ -222,6 +242,7 @@ class Launch:
             cwd=cwd,
         )
         self.session = self.process.pid
+        self._env = os.environ if env is None else env
         self._out = terminal.out if terminal is not None else _stream(self.process.stdout)
         self._err = terminal.out if terminal is not None else _stream(self.process.stderr)
 
@@ -235,6 +256,8 @@ class Launch:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
+        for path in open_sockets(self.session, self._env):
+            os.unlink(path)  # of one that was killed just now
         for stream, file in ((self._out, self.process.stdout), (self._err, self.process.stderr)):
             if file is not None and stream is not None:
                 stream.join()
@@ -283,6 +306,11 @@ class Launch:
         """Send the launcher a signal."""
         self.process.send_signal(number)
 
+    def freeze(self) -> None:
+        """Stop the launcher (SIGSTOP), and wait until all of its threads stand still."""
+        self.signal(signal.SIGSTOP)
+        wait_until(lambda: set(_thread_states(self.pid)) == {"T"}, "stopped")
+
     def wait(self) -> int:
         """The launcher's exit status, once it has one; what it leaves behind is looked at by `left_behind`."""
         return self.process.wait(HANGS_AFTER)
@@ -297,12 +325,18 @@ class Launch:
         return code, self._out.text if self._out else "", self._err.text if self._err else ""
 
     def left_behind(self) -> list[str]:
-        """Processes and queue names that are still there."""
+        """Processes, queue names and sockets that are still there."""
+        return [*self._processes_and_queues(), *open_sockets(self.session, self._env)]
+
+    def _processes_and_queues(self) -> list[str]:
         return [*(f"{pid} {line}" for pid, line in session_processes(self.session).items()), *open_queues(self.session)]
 
     def wait_until_nothing_is_left(self) -> None:
-        """For a launcher that was killed: its workers notice, and go."""
-        wait_until(lambda: not self.left_behind(), f"nothing left, but {self.left_behind()}")
+        """For a launcher that was killed: its workers notice, and go, and the next launch sweeps what they cannot."""
+        wait_until(lambda: not self._processes_and_queues(), f"nothing left, but {self.left_behind()}")
+        for path in open_sockets(self.session, self._env):
+            _sweep_socket(path)
+        assert self.left_behind() == []
 
     def workers(self) -> dict[str, int]:
         """The process ids of the workers, by the name of their device."""
@@ -331,6 +365,12 @@ class Launch:
             with contextlib.suppress(FileNotFoundError):
                 found.append(os.readlink(f"/proc/{self.pid}/fd/{number}").partition(":[")[0])
         return sorted(found)
+
+
+def _thread_states(pid: int) -> list[str]:
+    """The states of a process's threads, as proc(5) has them."""
+    stats = [Path(f"/proc/{pid}/task/{thread}/stat").read_text() for thread in os.listdir(f"/proc/{pid}/task")]
+    return [stat.rpartition(")")[2].split()[0] for stat in stats]
 
 
 def _stream(file: IO[bytes] | None) -> Stream | None:

@@ -18,11 +18,11 @@ from collections.abc import Iterator
 from types import TracebackType
 
 import pytest
-from driver import PATIENCE, Buffer, Driver, WorkerProcess
 from pyroute2 import IPRoute
 
 from lgmp import tap
 from lgmp.network import Tap, TapOption, format_mac
+from lgmp.testing import PATIENCE, Buffer, Driver, WorkerProcess
 from lgmp.virtio.net import HEADER_BYTES, QUEUES, RECEIVE_QUEUE, TRANSMIT_QUEUE
 
 CLONE_NEWNET = 0x40000000

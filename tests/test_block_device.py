@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import pytest
-from driver import Buffer, Driver, Recorder, Used
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lgmp.control import BYTES_IN, BYTES_OUT, ERRORS
+from lgmp.testing import Buffer, Driver, Recorder, Used
 from lgmp.virtio import block as virtio_block
 from lgmp.virtio.block import (
     VIRTIO_BLK_F_BARRIER,
@@ -527,3 +528,17 @@ def test_a_disk_is_as_good_as_an_array_of_bytes(script: list[tuple[int, bool, in
                 assert rig.request(kind, sector, out=pieces, indirect=indirect)[0] == expected
             assert rig.content() == model
         rig.close()
+
+
+# Statistics
+
+
+def test_bytes_and_errors_are_counted(rig: Rig) -> None:
+    rig.write(0, bytes(SECTOR), bytes(2 * SECTOR))
+    rig.read(0, SECTOR)
+    assert rig.block.statistics[BYTES_OUT] == 3 * SECTOR
+    assert rig.block.statistics[BYTES_IN] == 1 + SECTOR + 1  # and a status byte each
+    assert rig.block.statistics[ERRORS] == 0
+    rig.read(DISK_SECTORS, SECTOR)
+    rig.request(VIRTIO_BLK_T_SCSI_CMD)
+    assert rig.block.statistics[ERRORS] == 2

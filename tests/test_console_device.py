@@ -15,10 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from driver import PATIENCE, Buffer, Driver, Recorder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lgmp.control import BYTES_IN, BYTES_OUT, ERRORS
+from lgmp.testing import PATIENCE, Buffer, Driver, Recorder
 from lgmp.virtio import console as virtio_console
 from lgmp.virtio.console import INPUT_QUEUE, OUTPUT_QUEUE
 from lgmp.virtio.ring import RingError
@@ -692,3 +693,23 @@ def test_a_console_that_stops_reads_no_more_but_writes_what_is_left(pipes: PipeR
         pipes.settle()
     assert out + pipes.seen() == data
     assert pipes.typed() == b""
+
+
+# Statistics
+
+
+def test_bytes_in_both_directions_are_counted(pipes: PipeRig) -> None:
+    pipes.offer_input(4, 64)
+    pipes.type(b"ls -l\r")
+    pipes.settle()
+    pipes.print(b"total ", b"0\n")
+    assert pipes.console.statistics[BYTES_IN] == 6
+    assert pipes.console.statistics[BYTES_OUT] == 8
+    assert pipes.console.statistics[ERRORS] == 0
+
+
+def test_chains_whose_output_is_discarded_are_counted(pipes: PipeRig) -> None:
+    os.close(pipes.screen)
+    pipes.print(b"to nobody")
+    pipes.print(b"to nobody at all")
+    assert pipes.console.statistics[ERRORS] == 2

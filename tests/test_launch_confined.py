@@ -139,7 +139,9 @@ def test_a_confined_console_takes_what_is_typed(jail: Path) -> None:
 
 @needs_root
 def test_a_confined_worker_names_what_is_wrong(jail: Path, disk: Path) -> None:
-    code, _out, err = run("quiet misdeed loop; echo alive", "--block", str(disk), *confined(jail))
+    code, _out, err = run(
+        "quiet misdeed loop; echo alive", "--block", str(disk), "--on-device-error", "die", *confined(jail)
+    )
 
     assert code == 1
     assert err.startswith("lgmp: vda: queue 0: descriptor ") and err.endswith("\n") and err.count("\n") == 1

@@ -303,12 +303,32 @@ def typed(launched: Launch, keys: str) -> None:
 def test_the_terminal_has_its_modes_back_after(ending: str, terminal: Terminal) -> None:
     act, status = ENDINGS[ending]
     before = terminal.modes()
-    with prompt(terminal=terminal) as launched:
+    with prompt("--on-crash", "stop", "--on-device-error", "die", terminal=terminal) as launched:
         assert terminal.raw
         act(launched)
         code, _out, _err = launched.end()
 
     assert code == status
+    assert terminal.modes() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV])
+def test_a_console_whose_worker_is_killed_goes_on_and_the_terminal_stays_raw(number: int, terminal: Terminal) -> None:
+    before = terminal.modes()
+    with prompt(terminal=terminal) as launched:
+        killed = launched.workers()["console"]
+        os.kill(killed, number)
+        terminal.out.wait_for(
+            f"lgmp: worker console (pid {killed}) was killed by {signal.Signals(number).name}; started"
+        )
+        launched.command("echo still here")
+        assert terminal.raw
+        assert launched.workers()["console"] != killed
+        terminal.type("poweroff\r")
+        code, out, _err = launched.end()
+
+    assert code == 0
+    assert out.count("still here") == 2  # typed, and said
     assert terminal.modes() == before
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import socket
@@ -170,9 +171,14 @@ def test_a_worker_says_in_ps_which_network_it_serves(here: Namespace) -> None:
         assert "lgmp-rng rng0 /dev/urandom" in titles
 
 
-def test_the_launcher_keeps_no_tap_open_that_its_worker_has(here: Namespace) -> None:
+def test_a_tap_outlives_its_worker_and_the_guest_pings_on(here: Namespace) -> None:
     with here.entered(), prompt(*TAP) as guest:
-        assert "/dev/net/tun" not in guest.descriptors()
+        guest.command(f"net addr {GUEST_IP}")
+        os.kill(guest.workers()["eth0"], signal.SIGKILL)
+        guest.err.wait_for("started again")
+        guest.command(f"net ping {HOST_IP} 2")
+        assert here.interfaces() == ["tap0"]
+    assert answered(guest.out.text, HOST_IP) == "2 of 2"
 
 
 def test_after_a_reboot_the_network_works_with_the_same_mac(here: Namespace) -> None:

@@ -82,7 +82,7 @@ def namespace() -> Iterator[Namespace]:
 
 def test_queues_have_names_only_until_all_workers_are_ready(namespace: Namespace, disks: list[str]) -> None:
     with launch("quiet", *disks, prefix=namespace.prefix) as launched:
-        wait_until(lambda: f"lgmp.{launched.pid}.done" in namespace.queues(), "queues")
+        wait_until(lambda: f"lgmp.{launched.pid}.console.done" in namespace.queues(), "queues")
         wait_until(lambda: not namespace.queues(), "no queues")
         launched.command("blk -d 0 crc; blk -d 1 crc")
         launched.send("poweroff\n")
@@ -95,7 +95,7 @@ def test_the_next_launch_sweeps_what_dead_launchers_left(namespace: Namespace) -
     dead = subprocess.Popen(["true"])
     dead.wait()
     foreign = ["lgmp", "lgmp.", "lgmp.x.vda", "other"]
-    for name in (f"lgmp.{dead.pid}.done", f"lgmp.{dead.pid}.vda", f"lgmp.{os.getpid()}.vda", *foreign):
+    for name in (f"lgmp.{dead.pid}.vda", f"lgmp.{dead.pid}.vda.done", f"lgmp.{os.getpid()}.vda", *foreign):
         namespace.make_queue(name)
 
     code = namespace.run("poweroff")
@@ -125,17 +125,44 @@ def test_a_launcher_killed_at_any_moment_leaves_nothing_that_the_next_does_not_s
 
 
 @pytest.mark.parametrize("name", WORKERS)
-def test_a_worker_killed_at_any_moment_ends_the_guest(name: str, namespace: Namespace, disks: list[str]) -> None:
+def test_a_worker_killed_at_any_moment_ends_the_guest_where_it_is_to(
+    name: str, namespace: Namespace, disks: list[str]
+) -> None:
     for step in range(8):
-        with launch("quiet", *disks, prefix=namespace.prefix) as launched:
-            wait_until(lambda it=launched: name in it.workers(), f"worker {name}")  # type: ignore[misc]
-            pid = launched.workers()[name]
-            time.sleep(step * 0.02)  # any moment will do
-            os.kill(pid, signal.SIGKILL)
+        with launch("quiet", *disks, "--on-crash", "stop", prefix=namespace.prefix) as launched:
+            pid = kill_at_some_moment(launched, name, step)
             code, _out, err = launched.end()
 
         assert (code, err) == (1, f"lgmp: worker {name} (pid {pid}) was killed by SIGKILL\n")
     assert namespace.queues() == []
+
+
+@pytest.mark.parametrize("name", WORKERS)
+def test_a_worker_killed_at_any_moment_has_a_successor(name: str, namespace: Namespace, disks: list[str]) -> None:
+    for step in range(8):
+        with launch("quiet", *disks, prefix=namespace.prefix) as launched:
+            pid = kill_at_some_moment(launched, name, step)
+            launched.err.wait_for("started again")
+            launched.wait_until_ready()
+            assert namespace.queues() == []
+            launched.command("blk -d 0 crc; blk -d 1 crc")
+            launched.send("poweroff\n")
+            code, out, err = launched.end()
+
+        assert code == 0
+        assert out.count("blk crc: status 0") == 2
+        assert err.startswith(f"lgmp: worker {name} (pid {pid}) was killed by SIGKILL; started again as pid ")
+        assert err.count("\n") == 1
+    assert namespace.queues() == []
+
+
+def kill_at_some_moment(launched: Launch, name: str, step: int) -> int:
+    """Kill a worker soon after it was started, later with each `step`; gives its process id."""
+    wait_until(lambda: name in launched.workers(), f"worker {name}")
+    pid = launched.workers()[name]
+    time.sleep(step * 0.02)  # any moment will do
+    os.kill(pid, signal.SIGKILL)
+    return pid
 
 
 def test_a_failure_to_start_leaves_no_queue(namespace: Namespace, disks: list[str]) -> None:

@@ -11,10 +11,10 @@ import subprocess
 from collections.abc import Iterator
 
 import pytest
-from driver import PATIENCE, Buffer, Driver, Recorder, Used
 from networks import GUEST_MAC, HOST_IP, OTHER_MAC, Namespace, flood, frame, namespace, receive_test_frame
 from pyroute2 import IPRoute
 
+from lgmp.control import BYTES_IN, BYTES_OUT, ERRORS
 from lgmp.network import Tap as HostTap
 from lgmp.network import TapOption
 from lgmp.tap import (
@@ -30,6 +30,7 @@ from lgmp.tap import (
     may_be_given,
     offloads_for,
 )
+from lgmp.testing import PATIENCE, Buffer, Driver, Recorder, Used
 from lgmp.virtio.ids import VIRTIO_F_ANY_LAYOUT, VIRTIO_RING_F_INDIRECT_DESC
 from lgmp.virtio.net import (
     HEADER_BYTES,
@@ -745,3 +746,60 @@ def test_a_reset_keeps_the_stream_in_step(stack: Stack) -> None:
     stack.card.net.serve()
     stack.card.pump(1)
     assert stack.card.driver.content(data)[:19] == frame(b"three")
+
+
+# Statistics
+
+
+def test_bytes_and_lost_frames_are_counted(stack: Stack) -> None:
+    statistics = stack.card.net.statistics
+    stack.card.add_rx(room=20)
+    stack.card.add_tx(frame(b"out"))
+    stack.card.net.serve()
+    stack.send(frame(b"in"))
+    stack.card.pump(1)
+    assert statistics[BYTES_IN] == HEADER_BYTES + 16
+    assert statistics[BYTES_OUT] == HEADER_BYTES + 17
+    assert statistics[ERRORS] == 0
+    stack.card.add_rx(room=20)
+    stack.card.add_tx(bytes(MAX_FRAME + 1))
+    stack.card.net.serve()
+    stack.send(frame(b"too long"), frame(b"fits"))
+    stack.card.pump(1)
+    assert statistics[ERRORS] == 2
+
+
+# What a stream leaves in the socket
+
+
+def test_a_frame_is_taken_off_a_stream_when_the_guest_has_it(stack: Stack) -> None:
+    """So that a successor finds it there, should this process end before."""
+    stack.card.add_rx(64)
+    stack.card.net.serve()
+    stack.send(frame(b"one"), frame(b"two"))
+    stack.card.net.ready(stack.fd, select.POLLIN)
+    left = socket.socket(fileno=os.dup(stack.fd))
+    with left:
+        assert left.recv(100, socket.MSG_PEEK)[4:] == frame(b"two")
+
+
+@pytest.mark.parametrize("at", [1, 3, 4, 5, 15])
+def test_a_successor_finds_its_place_in_a_stream(stack: Stack, at: int) -> None:
+    """A frame whose beginning was taken off is lost with whoever took it, beyond its length; what follows is not."""
+    whole = len(frame(b"first")).to_bytes(4, "big") + frame(b"first")
+    stack.card.add_rx(64)
+    stack.card.net.serve()
+    stack.socket.send(whole[:at])
+    stack.card.net.ready(stack.fd, select.POLLIN)
+    successor = Net(Stream(stack.fd), say=stack.card.said.append)
+    queues = stack.card.driver.device_queues("eth0")
+    successor.attach(queues, stack.card.recorder, state=stack.card.net.state)
+    successor.resume()
+    stack.socket.send(whole[at:])
+    stack.send(frame(b"second"))
+    successor.serve()
+    successor.ready(stack.fd, select.POLLIN)
+    (used,) = stack.card.received()
+    assert used.written == HEADER_BYTES + 14 + len(b"first" if at <= 4 else b"second")
+    assert stack.card.said == []
+    successor.close()

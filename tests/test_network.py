@@ -15,7 +15,6 @@ from ipaddress import IPv4Interface
 from pathlib import Path
 
 import pytest
-from driver import PATIENCE, WorkerProcess
 from launching import UNPRIVILEGED
 from networks import GUEST_IP, GUEST_MAC, HOST_IP, KernelGuest, Namespace, namespace, needs
 
@@ -34,6 +33,7 @@ from lgmp.network import (
     open_network,
 )
 from lgmp.tap import TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6, TUN_F_TSO_ECN
+from lgmp.testing import PATIENCE, WorkerProcess
 from lgmp.virtio import net as virtio_net
 
 ALL_OFFLOADS = TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6 | TUN_F_TSO_ECN
@@ -341,7 +341,7 @@ def test_a_reset_under_load_and_the_network_works_again(here: Namespace, there: 
             stop.set()
             flooded()
         worker.reset()
-        worker.driver.control.accepted_features = 0
+        worker.features = 0
         with KernelGuest(there, worker):
             transfer(there, here, HOST_IP)
 

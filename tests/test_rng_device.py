@@ -8,8 +8,9 @@ import tempfile
 from collections.abc import Iterator
 
 import pytest
-from driver import Driver, Recorder, Used, WorkerProcess
 
+from lgmp.control import BYTES_IN, ERRORS
+from lgmp.testing import Driver, Recorder, Used, WorkerProcess
 from lgmp.virtio.ring import RingError
 from workers.device import BATCH
 from workers.rng import MOST, Rng
@@ -233,3 +234,15 @@ def test_a_process_that_waits_for_its_source_hears_its_launcher() -> None:
     os.close(source)
     os.close(end)
     driver.close()
+
+
+def test_bytes_and_errors_are_counted(file: Fixture) -> None:
+    for _ in range(3):
+        file.driver.queues[0].add([file.driver.buffer(40, writable=True)])
+    file.rng.serve()
+    assert file.rng.statistics[BYTES_IN] == 100
+    assert file.rng.statistics[ERRORS] == 0
+    file.driver.queues[0].add([file.driver.buffer(40, writable=True)])
+    file.rng.serve()
+    assert file.rng.statistics[BYTES_IN] == 100
+    assert file.rng.statistics[ERRORS] == 1

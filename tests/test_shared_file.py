@@ -169,7 +169,7 @@ def test_more_memory_than_python_can_map_is_refused_in_one_line(kind: str, monke
 
 
 def test_guest_memory_and_control_pages_are_the_same_with_and_without_memfds(kind: str) -> None:
-    control = ControlPage.create()
+    control = ControlPage.create([128, 128])
     with GuestMemory.create(1 << 20, 2) as memory:
         memory.view[memory.limit - 1] = 1
         control.accepted_features = (1 << 64) - 1

@@ -10,9 +10,9 @@ import termios
 from collections.abc import Callable, Iterator
 
 import pytest
-from driver import PATIENCE
 
 from lgmp.terminal import RawTerminal
+from lgmp.testing import PATIENCE
 
 LFLAG, CC = 3, 6
 RAW = termios.ISIG | termios.ICANON | termios.ECHO

@@ -15,20 +15,12 @@ import termios
 from collections.abc import Iterator, Sequence
 
 import pytest
-from driver import (
-    PATIENCE,
-    Buffer,
-    DoomedLauncher,
-    Driver,
-    Used,
-    WorkerProcess,
-    signals_held,
-    worker_command,
-)
+from doomed import DoomedLauncher, signals_held
 
 from lgmp.errors import LgmpError
 from lgmp.mailbox import COMPLETION_MESSAGES, MAILBOX_MESSAGES, Mailbox, ToLauncher, ToWorker, pack
 from lgmp.terminal import RawTerminal
+from lgmp.testing import PATIENCE, Buffer, Driver, Used, WorkerProcess, worker_command
 from lgmp.virtio.block import VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_S_OK, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN
 from lgmp.virtio.console import INPUT_QUEUE, OUTPUT_QUEUE
 from lgmp.virtio.ids import VIRTIO_RING_F_INDIRECT_DESC
@@ -163,7 +155,7 @@ def test_what_the_driver_accepted_is_looked_at_with_every_message(driver: Driver
         driver.control.accepted_features = 0
         add_read(driver, 3, table=1 << 20)
         worker.kick()
-        assert "has not accepted VIRTIO_RING_F_INDIRECT_DESC" in worker.failure()
+        assert "has not accepted VIRTIO_RING_F_INDIRECT_DESC" in worker.broken()
 
 
 @pytest.mark.parametrize(("options", "serial"), [(["--serial", "S1"], b"S1"), ([], b"disk.img")])
@@ -180,18 +172,37 @@ def test_the_serial_is_the_name_of_the_disk_unless_one_is_given(
         assert driver.content(answer) == serial.ljust(20, b"\0")
 
 
-def test_a_successor_goes_on_where_a_killed_worker_stopped(driver: Driver, disk: int) -> None:
+@pytest.mark.parametrize("kicked", [True, False])
+def test_a_successor_goes_on_where_a_killed_worker_stopped(driver: Driver, disk: int, kicked: bool) -> None:
     with block_worker(driver, disk) as worker:
         worker.ready()
         read_one(worker, 1)
-        worker.process.kill()
-        worker.wait()
+        worker.kill()
         head, data, _ = add_read(driver, 9)
-        with block_worker(driver, disk) as successor:
-            successor.ready()
-            successor.kick()
-            assert successor.collect(1) == [Used(head, SECTOR + 1)]
-            assert driver.content(data) == bytes([9]) * SECTOR
+        worker.restart()
+        if kicked:
+            worker.kick()  # nor is it needed: the one that died may have taken it along
+        assert worker.collect(1) == [Used(head, SECTOR + 1)]
+        assert driver.content(data) == bytes([9]) * SECTOR
+
+
+def test_a_successor_leaves_the_ring_alone_where_no_driver_has_begun(driver: Driver, disk: int) -> None:
+    with block_worker(driver, disk) as worker:
+        worker.ready()
+        add_read(driver, 0)
+        worker.restart()
+        assert worker.stop() == 0
+        assert driver.queues[0].collect() == []
+
+
+def test_a_successor_goes_by_what_the_driver_has_accepted(driver: Driver, disk: int) -> None:
+    with block_worker(driver, disk) as worker:
+        worker.ready()
+        read_one(worker, 1)
+        worker.kill()
+        add_read(driver, 2, table=1 << 20)
+        worker.restart()
+        assert len(worker.collect(1)) == 1
 
 
 # Stop and reset
@@ -224,7 +235,7 @@ def test_a_reset_works_at_any_moment(driver: Driver, disk: int) -> None:
                 add_read(driver, sector)
                 worker.kick()
             worker.reset()
-            assert list(driver.control.position(0)) == [0, 0]
+            assert driver.control.position(0) == (0, 0)
             assert read_one(worker, number) == bytes([number]) * SECTOR
         assert worker.stop() == 0
 
@@ -242,24 +253,58 @@ def test_after_a_reset_the_ring_is_left_alone_until_a_kick(driver: Driver, disk:
 # What goes wrong
 
 
-def test_a_broken_rule_is_told_to_the_launcher_and_ends_the_worker(driver: Driver, disk: int) -> None:
+def break_a_rule(worker: WorkerProcess) -> None:
+    worker.driver.queues[0].add([Buffer(1 << 33, 16)])
+    worker.kick()
+
+
+def test_a_broken_rule_is_told_to_the_launcher_and_the_rings_are_left_alone_from_then_on(
+    driver: Driver, disk: int
+) -> None:
     with block_worker(driver, disk) as worker:
         worker.ready()
-        driver.queues[0].add([Buffer(1 << 33, 16)])
-        worker.kick()
+        break_a_rule(worker)
         sentence = "vda: queue 0: descriptor 0: Invalid address 0x200000000+16 is outside guest memory (0x500000)"
-        assert worker.failure() == sentence
-        assert worker.wait() == 1
+        assert worker.broken() == sentence
+        add_read(driver, 1)
+        worker.send(ToWorker.KICK)  # the launcher would not
+        assert worker.stop() == 0  # it obeys still, and says nothing a second time
+        assert worker.completions.take() is None
+        assert driver.queues[0].collect() == []
         assert worker.errors() == ""
 
 
-def test_a_failure_with_much_to_say_is_cut_to_fit(driver: Driver, disk: int) -> None:
+def test_a_reset_revives_a_device_whose_driver_broke_a_rule(driver: Driver, disk: int) -> None:
+    with block_worker(driver, disk) as worker:
+        worker.ready()
+        pid = worker.process.pid
+        for sector in range(5):
+            break_a_rule(worker)
+            worker.broken()
+            worker.reset()
+            assert read_one(worker, sector) == bytes([sector]) * SECTOR
+        assert worker.process.pid == pid
+        assert worker.stop() == 0
+
+
+def test_a_broken_rule_is_told_again_by_a_successor_that_finds_it(driver: Driver, disk: int) -> None:
+    with block_worker(driver, disk) as worker:
+        worker.ready()
+        read_one(worker, 0)
+        worker.kill()
+        break_a_rule(worker)
+        worker.restart()
+        assert "Invalid address" in worker.broken()
+        worker.reset()
+        assert read_one(worker, 2) == bytes([2]) * SECTOR
+
+
+def test_a_broken_rule_with_much_to_say_is_cut_to_fit(driver: Driver, disk: int) -> None:
     with block_worker(driver, disk, "--name", "ü" * 2000) as worker:
         worker.ready()
-        driver.queues[0].add([Buffer(1 << 33, 16)])
-        worker.kick()
-        assert set(worker.failure()) == {"ü"}
-        assert worker.wait() == 1
+        break_a_rule(worker)
+        assert set(worker.broken()) == {"ü"}
+        assert worker.stop() == 0
 
 
 @pytest.mark.parametrize("raw", [b"", b"\xc1", b"garbage", pack(0), pack(99), pack("kick")])
@@ -317,7 +362,7 @@ def test_a_device_can_be_used_without_a_worker_around_it() -> None:
     code = "import json, sys, workers.block, workers.console; print(json.dumps(sorted(sys.modules)))"
     modules = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
     assert "lgmp.virtio.ring" in modules
-    assert not {"lgmp.mailbox", "lgmp.control", "workers.runtime", "posix_ipc"} & set(modules)
+    assert not {"lgmp.mailbox", "workers.runtime", "posix_ipc"} & set(modules)
 
 
 def test_a_worker_imports_nothing_of_the_launcher() -> None:
@@ -332,6 +377,7 @@ def test_a_worker_imports_nothing_of_the_launcher() -> None:
         "workers.runtime",
         "lgmp.virtio",
         "lgmp.virtio.ids",
+        "lgmp.virtio.inflight",
         "lgmp.virtio.ring",
     }
     assert ours <= allowed
@@ -405,6 +451,7 @@ def test_a_worker_goes_when_its_launcher_is_killed(driver: Driver, disk: int, wh
         if what == "waiting for room in the completion queue":
             for _ in range(COMPLETION_MESSAGES + 2):
                 add_read(driver, 1)
+                worker.begin()
                 worker.send(ToWorker.KICK)
             while driver.queues[0].used_index() <= COMPLETION_MESSAGES:
                 os.sched_yield()
@@ -482,6 +529,17 @@ def test_a_worker_can_be_started_by_hand(driver: Driver, disk: int) -> None:
 # The console as a process
 
 
+def read_all(worker: WorkerProcess, screen: int, size: int) -> bytes:
+    """What a worker writes until its end, in pieces of at most `size` bytes."""
+    out = b""
+    while True:
+        worker.wait_to_read(screen)
+        piece = os.read(screen, size)
+        if not piece:
+            return out
+        out += piece
+
+
 def test_output_through_a_slow_reader_is_whole_and_in_order(console_driver: Driver) -> None:
     screen, output = os.pipe()
     pieces = [os.urandom(size) for size in (1, 4096, 70_000, 0, 200_000, 13)]
@@ -492,9 +550,7 @@ def test_output_through_a_slow_reader_is_whole_and_in_order(console_driver: Driv
             console_driver.queues[OUTPUT_QUEUE].add([console_driver.buffer(piece)])
             worker.kick()
         worker.send(ToWorker.STOP)  # and it ends only when all is written
-        out = b""
-        while piece := os.read(screen, 3001):
-            out += piece
+        out = read_all(worker, screen, 3001)
         assert out == b"".join(pieces)
         assert worker.wait() == 0
         assert len(console_driver.queues[OUTPUT_QUEUE].collect()) == len(pieces)
@@ -513,9 +569,7 @@ def test_a_console_is_reset_while_its_output_waits(console_driver: Driver) -> No
         console_driver.queues[OUTPUT_QUEUE].add([console_driver.buffer(b"the next driver")])
         worker.kick()
         worker.send(ToWorker.STOP)
-        out = b""
-        while piece := os.read(screen, 65536):
-            out += piece
+        out = read_all(worker, screen, 65536)
         assert out == data + b"the next driver"
         assert worker.wait() == 0
     os.close(screen)

@@ -2,12 +2,17 @@
 
 Nothing reaches past the end that the disk had at the start: a request that would is answered with IOERR and touches
 nothing. What the disk under us fails to do is answered with IOERR too; only a request that is none is fatal.
+
+Requests are done one after the other, in the ring's order, so at most one is in flight. Where this process is killed in
+the middle of one, its successor does that one first, from its beginning: a write that is done twice is a write, and a
+FLUSH comes after the writes that it came after.
 """
 
 from __future__ import annotations
 
 import os
 
+from lgmp.control import BYTES_OUT, ERRORS
 from lgmp.errors import LgmpError, say
 from lgmp.vectors import preadv, pwritev
 from lgmp.virtio.block import (
@@ -70,6 +75,16 @@ class Block(RequestDevice):
         self._scsi_was_said = False
         # Whether the driver can ask for its writes to be made safe; where it cannot, each is.
         self._write_back = True
+        self._written = 0  # bytes that are not counted yet
+
+    def serve(self) -> bool:
+        """As every device of requests."""
+        try:
+            return super().serve()
+        finally:
+            if self._written:
+                self.statistics[BYTES_OUT] += self._written
+                self._written = 0
 
     def accept(self, features: int) -> None:
         """A driver that took neither FLUSH nor BARRIER has no other way to make its writes safe: sync each."""
@@ -103,6 +118,8 @@ class Block(RequestDevice):
                     pass  # below it fails again, and is said
         code, written = self._answer(kind, sector, readable[1:], writable)
         status[0] = code
+        if code != VIRTIO_BLK_S_OK:
+            self.statistics[ERRORS] += 1
         return written + 1
 
     def _answer(self, kind: int, sector: int, out: list[memoryview], into: list[memoryview]) -> tuple[int, int]:
@@ -171,6 +188,7 @@ class Block(RequestDevice):
                 raise OSError(None, "nothing was written")
             done += count
             segments = skip(segments, count)
+        self._written += size
 
     def _identify(self, into: list[memoryview]) -> int:
         done = 0

@@ -4,6 +4,14 @@ Output is never lost and never out of order, whatever the descriptor does: a pip
 stopped. What cannot be written yet is kept, and the driver gets a buffer back only when all of it is written.
 Three ^C within about a second, each read by itself, ask for the end of the guest. On a terminal they are seen even when
 the guest takes no input (any more, or yet): what is typed meanwhile waits here, in order.
+
+A successor goes on exactly where this process is killed, whichever instruction that is before; what that takes lies in
+the device's state, 1024 bytes of the control page. But:
+
+- The kill may come after a write and before what it wrote is noted: those bytes, CHUNK at most, are written again.
+- What is read goes into the state first, over bytes of 0xFF: so a successor sees what a read has brought that nobody
+  lived to count, but for bytes of 0xFF at its very end (which are in no text that is UTF-8); those are lost.
+- What a reset has left unwritten, since nobody took it, is lost with the process; and the count of ^C begins anew.
 """
 
 from __future__ import annotations
@@ -15,6 +23,7 @@ import select
 import stat
 from time import monotonic
 
+from lgmp.control import BYTES_IN, BYTES_OUT, ERRORS
 from lgmp.errors import LgmpError, say
 from lgmp.terminal import RawTerminal
 from lgmp.virtio.console import INPUT_QUEUE, OUTPUT_QUEUE, QUEUES
@@ -25,6 +34,8 @@ TYPE_CHECKING = False  # as typing's, which is costly to import in a worker
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from lgmp.virtio.ring import Virtqueue
+    from workers.device import Notifier
     from workers.runtime import Options
 
 INTERRUPT_KEY = b"\x03"
@@ -37,11 +48,28 @@ INTERRUPTS_WITHIN = 1.5
 CHUNK = 4096
 # What is typed while the guest has no buffer is kept up to this many bytes; after that the terminal keeps it.
 AHEAD = 256
+# The most that is read at once, and the size of the place where it is held until the guest has it, in bytes.
+HELD = 512
 # What a reset leaves unwritten is kept up to this many bytes.
 TAIL = 1 << 20
 # How long a terminal is left alone whose foreground is another's, in seconds.
 BACKGROUND_SECONDS = 1.0
 _MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+# The device's state, as u64; each is stored in one piece, so there is no half of one to be found.
+_FLAGS = 0  # _INPUT_ENDED, _OUTPUT_FAILED: each is set before the user is told
+_PROGRESS = 1  # of the output chain that is being written: its head plus 1, how many of its bytes are (48 bits)
+_HOLDING = 2  # what is held of the input: where it begins, how much, how much of what is being done, what that is
+_WORDS_BYTES = 24
+# Behind them: the input that is held, HELD bytes in a circle.
+_HELD_OFFSET = 512
+_INPUT_ENDED = 1
+_OUTPUT_FAILED = 2
+# What is being done with the input, 16 bits: nothing, a read, or (a head plus 1) giving it to the guest.
+_NOTHING = 0
+_READING = 0xFFFF
+_FILLER = b"\xff"
+_DONE_MASK = (1 << 48) - 1
 
 
 class Console(Device):
@@ -69,17 +97,66 @@ class Console(Device):
         self._input_is_terminal = os.isatty(input_fd)
         self._input_open = True
         self._output_open = True
-        self._output_failed = False  # and the user knows
         self._live = False
         self._hungry = False  # whether the guest may have a buffer for input
         self._not_before = 0.0  # when to look at a terminal in the background again
         self._buffer: tuple[int, list[memoryview]] | None = None  # a buffer taken from the guest, still empty
-        self._ahead = bytearray()
         self._interrupts: list[float] = []
         self._tail = bytearray()  # output of before a reset
         self._head = -1  # the output chain that is being written
+        self._done = 0  # how many bytes of it are written
         self._segments: list[memoryview] = []  # what is left of it
+        self._carried = -1  # the output chain that a predecessor had begun to write
         self._blocked = False
+        self._look_at_state()
+
+    # What a successor goes by
+
+    def _look_at_state(self) -> None:
+        self._words = self.state[:_WORDS_BYTES].cast("Q")
+        self._held = self.state[_HELD_OFFSET : _HELD_OFFSET + HELD]
+        self._start, self._count, under_way, what = _unpack(self._words[_HOLDING])
+        if what == _READING:
+            # Killed in or after the read: what is no filler any more was read.
+            read = b"".join(self._place(self._start + self._count, under_way)).rstrip(_FILLER)
+            self._note(self._start, self._count + len(read))
+
+    def _note(self, start: int, count: int, under_way: int = 0, what: int = _NOTHING) -> None:
+        """Note what is held of the input from now on, and what is being done."""
+        self._start = start % HELD
+        self._count = count
+        self._words[_HOLDING] = self._start | count << 16 | under_way << 32 | what << 48
+
+    def _place(self, start: int, count: int) -> list[memoryview]:
+        """The `count` bytes from `start` on of the circle in which input is held."""
+        start %= HELD
+        first = self._held[start : start + count]
+        return [first, self._held[: count - len(first)]] if len(first) < count else [first]
+
+    def attach(
+        self,
+        queues: Sequence[Virtqueue],
+        notifier: Notifier,
+        *,
+        statistics: memoryview | None = None,
+        state: memoryview | None = None,
+    ) -> None:
+        """As every device; what a predecessor held of the input is there again, whether or not a driver is."""
+        super().attach(queues, notifier, statistics=statistics, state=state)
+        self._look_at_state()
+        if self._words[_FLAGS] & _INPUT_ENDED:
+            self._end_input()
+
+    def resume(self) -> None:
+        """Go on with the input that was being given, and in the middle of the output chain that was being written."""
+        self._live = self._hungry = True
+        start, count, under_way, what = _unpack(self._words[_HOLDING])
+        if what != _NOTHING:
+            given = what - 1 not in self.queues[INPUT_QUEUE].heads_in_flight()
+            self._note(start + under_way, count - under_way) if given else self._note(start, count)
+        head = (self._words[_PROGRESS] >> 48) - 1
+        # The progress of a chain that is not in flight is that of the last one.
+        self._carried = head if head in self.queues[OUTPUT_QUEUE].heads_in_flight() else -1
 
     # Input
 
@@ -88,7 +165,7 @@ class Console(Device):
             return False
         if self._live and self._hungry:
             return True
-        return self._input_is_terminal and len(self._ahead) < AHEAD
+        return self._input_is_terminal and self._count < AHEAD
 
     def _take_buffer(self) -> list[memoryview] | None:
         """The guest's next buffer for input that has room; None where it has none."""
@@ -116,29 +193,44 @@ class Console(Device):
         self.queues[INPUT_QUEUE].push(head, count)
         self.notifier.used(INPUT_QUEUE)
 
-    def _give_ahead(self) -> None:
-        """Hand over what was typed ahead, as far as the guest has buffers for it."""
-        while self._ahead:
+    def _give_held(self) -> None:
+        """Hand over what is held, as far as the guest has buffers for it."""
+        while self._count:
             segments = self._take_buffer()
             if segments is None or self._buffer is None:
                 return
-            done = 0
+            head = self._buffer[0]
+            done = min(self._count, sum(map(len, segments)))
+            data = b"".join(self._place(self._start, done))
+            at = 0
             for segment in segments:
-                part = self._ahead[done : done + len(segment)]
+                part = data[at : at + len(segment)]
                 segment[: len(part)] = part
-                done += len(part)
-            del self._ahead[:done]
-            self._give_buffer(self._buffer[0], done)
+                at += len(part)
+            # Whoever finds this note sees by the ring whether the guest has got it: the chain is in flight, or is not.
+            self._note(self._start, self._count, done, head + 1)
+            self._give_buffer(head, done)
+            self._note(self._start + done, self._count - done)
+            self.statistics[BYTES_IN] += done
+
+    def _room(self) -> int:
+        """How many bytes may be read now: what the guest has room for, from a terminal some ahead."""
+        if not self._count and (segments := self._take_buffer()) is not None:
+            return min(HELD, sum(map(len, segments)))
+        return AHEAD - self._count if self._input_is_terminal else 0
 
     def _read(self) -> None:
-        """Read what is there, once: into the guest's own buffer, or behind what was typed ahead."""
-        self._give_ahead()
-        segments = None if self._ahead else self._take_buffer()
-        if segments is None and not (self._input_is_terminal and len(self._ahead) < AHEAD):
+        """Read what is there, once, and hand it over."""
+        self._give_held()
+        room = self._room()
+        if room <= 0:
             return
-        ahead = bytearray(AHEAD - len(self._ahead)) if segments is None else bytearray()
+        place = self._place(self._start + self._count, room)
+        for piece in place:
+            piece[:] = _FILLER * len(piece)
+        self._note(self._start, self._count, room, _READING)
         try:
-            count = os.readv(self._input, [ahead] if segments is None else segments)
+            count = os.readv(self._input, place)
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
@@ -146,23 +238,23 @@ class Console(Device):
                 self._not_before = self._clock() + BACKGROUND_SECONDS
                 return
             count = 0
+        self._note(self._start, self._count + count)
         if not count:
-            self._input_open = False
+            self._words[_FLAGS] |= _INPUT_ENDED
             self._say("Failed to get console input, ignoring console.")
-            if self._terminal:
-                self._terminal.restore()
+            self._end_input()
             return
-        if segments is None:
-            self._ahead += ahead[:count]
-            read = bytes(ahead[: min(count, LONGEST_REPORT)])
-        else:
-            read = bytes(segments[0][: min(count, LONGEST_REPORT)])
-        if self._buffer is not None:
-            self._give_buffer(self._buffer[0], count)
+        read = b"".join(place)[: min(count, LONGEST_REPORT)]
+        self._give_held()
         if count == 1 and read == INTERRUPT_KEY:
             self._count_interrupt()
         elif not _is_cursor_report(read):
             self._interrupts.clear()
+
+    def _end_input(self) -> None:
+        self._input_open = False
+        if self._terminal:
+            self._terminal.restore()
 
     def _count_interrupt(self) -> None:
         now = self._clock()
@@ -181,6 +273,14 @@ class Console(Device):
 
     def _next_chain(self) -> bool:
         """Take the next output chain to write; False where there is none."""
+        done = 0
+        if self._carried >= 0:
+            # It is the oldest in flight, so the one that comes now.
+            done = self._words[_PROGRESS] & _DONE_MASK
+            self._carried = -1
+        else:
+            # Before another is in flight, for which it could be taken.
+            self._words[_PROGRESS] = 0
         chain = self.queues[OUTPUT_QUEUE].pop()
         if chain is None:
             return False
@@ -188,12 +288,14 @@ class Console(Device):
         if writable:
             raise RingError(f"{self.queues[OUTPUT_QUEUE].name}: descriptor {head}: Input buffers in output queue?")
         self._head = head
-        self._segments = skip(readable, 0)
+        self._done = done
+        self._segments = skip(readable, done)
         return True
 
     def _write_some(self, segments: Sequence[memoryview | bytearray]) -> int:
         """Write the beginning of `segments` without waiting; gives how many bytes went, 0 where none can now."""
         if not self._output_open:
+            self.statistics[ERRORS] += 1
             return sum(map(len, segments))
         poll = select.poll()
         poll.register(self._output, select.POLLOUT)
@@ -213,16 +315,18 @@ class Console(Device):
         except OSError as error:
             # A full disk may have room again; a reader that went away does not come back.
             self._output_open = error.errno in _MENDABLE
-            if not self._output_failed:
+            if not self._words[_FLAGS] & _OUTPUT_FAILED:
+                self._words[_FLAGS] |= _OUTPUT_FAILED
                 self._say(f"Failed to write console output ({error.strerror}), it is discarded.")
-            self._output_failed = True
+            self.statistics[ERRORS] += 1
             return sum(map(len, segments))
-        self._output_failed = False
+        if self._words[_FLAGS] & _OUTPUT_FAILED:
+            self._words[_FLAGS] &= ~_OUTPUT_FAILED
         return count
 
     def _write(self) -> bool:
         """Write what can be written now, in a bout of bounded length; False where nothing more can be done now."""
-        used = 0
+        used = written = 0
         try:
             for _ in range(BATCH):
                 if self._tail:
@@ -230,7 +334,10 @@ class Console(Device):
                     del self._tail[:count]
                 elif self._segments:
                     count = self._write_some(self._segments)
+                    self._done += count
+                    self._words[_PROGRESS] = self._head + 1 << 48 | self._done
                     self._segments = skip(self._segments, count)
+                    written += count
                 elif self._head >= 0:
                     self.queues[OUTPUT_QUEUE].push(self._head, 0)
                     self._head = -1
@@ -246,6 +353,7 @@ class Console(Device):
                     return False
             return True
         finally:
+            self.statistics[BYTES_OUT] += written
             if used:
                 self.notifier.used(OUTPUT_QUEUE)
 
@@ -254,7 +362,7 @@ class Console(Device):
     def serve(self) -> bool:
         """Look at both rings."""
         self._live = self._hungry = True
-        self._give_ahead()
+        self._give_held()
         return not self._blocked and self._write()
 
     def wants(self) -> Sequence[tuple[int, int]]:
@@ -288,7 +396,7 @@ class Console(Device):
         self._keep_output()
         self._live = self._hungry = False
         self._buffer = None
-        self._head = -1
+        self._head = self._carried = -1
         self._segments = []
         self._blocked = bool(self._tail)
         super().reset()
@@ -298,6 +406,7 @@ class Console(Device):
             while True:
                 for segment in self._segments:
                     self._tail += segment[: max(0, TAIL - len(self._tail))]
+                    self.statistics[BYTES_OUT] += len(segment)
                 if not self._live or len(self._tail) >= TAIL or not self._next_chain():
                     return
         except RingError:
@@ -309,6 +418,11 @@ class Console(Device):
             self._terminal.restore(only_if_raw=True)
         while self._owned:
             os.close(self._owned.pop())
+
+
+def _unpack(holding: int) -> tuple[int, int, int, int]:
+    """The four numbers of 16 bits that are in _HOLDING."""
+    return holding & 0xFFFF, holding >> 16 & 0xFFFF, holding >> 32 & 0xFFFF, holding >> 48
 
 
 def _unblocked(fd: int, access: int) -> int:

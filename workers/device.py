@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from time import monotonic
 
+from lgmp.control import BYTES_IN, STATE_BYTES, STATISTICS
 from lgmp.errors import LgmpError, say
 from lgmp.virtio.ids import VIRTIO_RING_F_INDIRECT_DESC
 from lgmp.virtio.ring import RingError, Virtqueue
@@ -35,7 +36,7 @@ IOV_MAX = 1024
 
 
 class RequestError(LgmpError):
-    """A request broke a rule of its device; fatal to the guest. Where it was is for the caller to add.
+    """A request broke a rule of its device; fatal to that until its reset. Where it was is for the caller to add.
 
     `{head}` in the message stands for the number of the request's first descriptor.
     """
@@ -89,11 +90,35 @@ class Device:
         """A device without rings; `attach` gives it some."""
         self.queues: Sequence[Virtqueue] = ()
         self.notifier: Notifier
+        # Counted for people, by the indexes of lgmp.control: in whole batches, as each count costs something.
+        self.statistics = memoryview(bytearray(8 * STATISTICS)).cast("Q")
+        # What a successor of this process needs, besides the requests in flight, to go on where this one was killed.
+        self.state = memoryview(bytearray(STATE_BYTES))
 
-    def attach(self, queues: Sequence[Virtqueue], notifier: Notifier) -> None:
-        """Give the device its rings and whom to tell; once, before anything else is called."""
+    def attach(
+        self,
+        queues: Sequence[Virtqueue],
+        notifier: Notifier,
+        *,
+        statistics: memoryview | None = None,
+        state: memoryview | None = None,
+    ) -> None:
+        """Give the device its rings and whom to tell; once, before anything else is called.
+
+        `statistics` (u64) and `state` (bytes) lie in its control page; without one they are the device's own.
+        """
         self.queues = queues
         self.notifier = notifier
+        if statistics is not None:
+            self.statistics = statistics
+        if state is not None:
+            self.state = state
+
+    def resume(self) -> None:
+        """Go on in the place of a process that was killed, as `state` tells; before the first `serve`.
+
+        What that one had taken and not given back is popped again from the rings, oldest first.
+        """
 
     def accept(self, features: int) -> None:
         """The driver accepted these feature bits (as a 64-bit mask)."""
@@ -104,7 +129,7 @@ class Device:
     def serve(self) -> bool:
         """The driver says that its rings hold something: do what can be done now, at most BATCH requests a ring.
 
-        Gives True where there may be more to do at once. Raises LgmpError for what is fatal to the guest.
+        Gives True where there may be more to do at once. Raises RingError where the driver broke a rule.
         """
         return False
 
@@ -115,7 +140,7 @@ class Device:
     def ready(self, descriptor: int, events: int) -> None:
         """A descriptor that was wanted is ready for `events`, or broken. Do what can be done now; no `serve` follows.
 
-        Raises LgmpError for what is fatal to the guest.
+        Raises RingError where the driver broke a rule.
         """
 
     @property
@@ -153,18 +178,22 @@ class RequestDevice(Device):
             pop = queue.pop
             push = queue.push
             head = -1
+            total = 0
             try:
                 for _ in range(BATCH):
                     chain = pop()
                     if chain is None:
                         break
                     head, readable, writable = chain
-                    push(head, handle(number, readable, writable))
+                    written = handle(number, readable, writable)
+                    push(head, written)
+                    total += written
                 else:
                     more = True
             except RequestError as error:
                 what = str(error).replace("{head}", str(head))
                 raise RingError(f"{queue.name}: descriptor {head}: {what}") from error
             if head >= 0:
+                self.statistics[BYTES_IN] += total
                 self.notifier.used(number)
         return more

@@ -2,6 +2,9 @@
 
 Each buffer gets what one read gives, at least a byte. Where the file has nothing yet the buffer waits; where it has
 come to its end, or fails, the buffers wait for ever: bytes that were given once are never given again.
+
+Where this process is killed with a buffer that is filled and not given back yet, its successor fills it anew, with what
+the file has then: what was read is lost, not used twice.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import os
 import select
 
+from lgmp.control import BYTES_IN, ERRORS
 from lgmp.errors import LgmpError, say
 from lgmp.virtio.ring import RingError
 from lgmp.virtio.rng import QUEUES, REQUEST_QUEUE
@@ -18,10 +22,15 @@ TYPE_CHECKING = False  # as typing's, which is costly to import in a worker
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from lgmp.virtio.ring import Virtqueue
+    from workers.device import Notifier
     from workers.runtime import Options
 
 # A buffer is given this many bytes at most: a read of the kernel's generator is not to keep messages waiting.
 MOST = 1 << 16
+
+# The first byte of the device's state: whether the source has come to its end, set before the user is told.
+_ENDED = 0
 
 
 class Rng(Device):
@@ -40,6 +49,19 @@ class Rng(Device):
         self._live = False
         self._buffer: tuple[int, list[memoryview]] | None = None  # a buffer taken from the guest, still empty
 
+    def attach(
+        self,
+        queues: Sequence[Virtqueue],
+        notifier: Notifier,
+        *,
+        statistics: memoryview | None = None,
+        state: memoryview | None = None,
+    ) -> None:
+        """As every device; a source that has ended for a predecessor is not tried again."""
+        super().attach(queues, notifier, statistics=statistics, state=state)
+        if self.state[_ENDED]:
+            self._open = False
+
     def serve(self) -> bool:
         """Fill what buffers there are, as long as the file has something."""
         self._live = True
@@ -47,15 +69,19 @@ class Rng(Device):
 
     def _fill(self) -> bool:
         """Fill at most BATCH buffers; True where there may be more to fill at once."""
-        used = False
+        total = used = 0
         try:
             for _ in range(BATCH):
                 if not self._open or not self._take_buffer() or not self._poll.poll(0):
                     return False
-                used |= self._read()
+                count = self._read()
+                if count >= 0:
+                    used += 1
+                    total += count
             return True
         finally:
             if used:
+                self.statistics[BYTES_IN] += total
                 self.notifier.used(REQUEST_QUEUE)
 
     def _take_buffer(self) -> bool:
@@ -71,8 +97,8 @@ class Rng(Device):
         self._buffer = head, _at_most(writable, MOST)
         return True
 
-    def _read(self) -> bool:
-        """Fill the buffer with one read; whether it was given back."""
+    def _read(self) -> int:
+        """Fill the buffer with one read and give it back; gives how many bytes, -1 where there were none to be had."""
         assert self._buffer is not None
         head, segments = self._buffer
         count = 0
@@ -80,19 +106,22 @@ class Rng(Device):
             try:
                 count = os.readv(self.fd, segments)
             except (BlockingIOError, InterruptedError):
-                return False
+                return -1
             except OSError as error:
-                return self._give_up(f"cannot read {self.source}: {error.strerror or error}")
+                self._give_up(f"cannot read {self.source}: {error.strerror or error}")
+                return -1
             if not count:
-                return self._give_up(f"{self.source} has come to its end")
+                self._give_up(f"{self.source} has come to its end")
+                return -1
         self.queues[REQUEST_QUEUE].push(head, count)
         self._buffer = None
-        return True
+        return count
 
-    def _give_up(self, why: str) -> bool:
+    def _give_up(self, why: str) -> None:
         self._open = False
+        self.state[_ENDED] = 1
+        self.statistics[ERRORS] += 1
         self._say(f"{self.name}: {why}; the guest gets no more random bytes from it")
-        return False
 
     def wants(self) -> Sequence[tuple[int, int]]:
         """The file, while a buffer waits for it."""

@@ -19,18 +19,20 @@ import sys
 
 from lgmp import errors
 from lgmp.confinement import Confinement
-from lgmp.control import ControlPage
+from lgmp.control import KICKS, ControlPage
 from lgmp.errors import LgmpError, say
 from lgmp.mailbox import COMPLETION_MESSAGE_BYTES, Mailbox, ToLauncher, ToWorker, pack, unlink, unpack
 from lgmp.memory import GuestMemory
 from lgmp.title import set_title
-from lgmp.virtio.ring import Virtqueue, VringLayout
+from lgmp.virtio.ring import RingError, Virtqueue, VringLayout
 from workers.device import Device
 
 TYPE_CHECKING = False  # as typing's, which is costly to import
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from types import FrameType
+
+    from workers.traced import Tracer
 
 _libc = ctypes.CDLL(None)
 
@@ -55,6 +57,9 @@ _OPTIONS = {
     "mailbox=": "the message queue from the launcher",
     "completions=": "the message queue to the launcher",
     "kick-fd=": "an eventfd that kicks come in by as well, straight from the guest",
+    "trace-fd=": "a socket for what goes through the rings, when the launcher asks for that",
+    "trace=": "what to tell of that from the start on: a number, as in a TRACE message",
+    "control-socket=": "the launcher's, to take its name away if the launcher cannot",
     "launcher=": "the launcher's process id; without it, the parent's",
     "program=": "what lines to the user begin with; without it, lgmp",
     "chroot=": "the directory to be locked in, once all that is needed is open",
@@ -92,11 +97,17 @@ class Options:
         self.guest = values.get("guest", "")
         self.mailbox = values["mailbox"]
         self.completions = values["completions"]
+        # What is served and who wrote it, where `make` knows better than run().
+        self.kind = ""
+        self.author = "lgmp"
         self.device = self.number("device")
         self.memory_fd = self.number("memory-fd")
         self.ram = self.number("ram")
         self.control_fd = self.number("control-fd")
         self.kick_fd = self.number("kick-fd") if "kick-fd" in values else None
+        self.trace_fd = self.number("trace-fd") if "trace-fd" in values else None
+        self.trace = self.number("trace") if "trace" in values else 0
+        self.control_socket = values.get("control-socket")
         self.launcher = self.number("launcher") if "launcher" in values else os.getppid()
         try:
             self.queues = [VringLayout.parse(value) for option, value in pairs if option == "--queue"]
@@ -124,7 +135,7 @@ class Worker:
         self._index = options.device
         try:
             memory = GuestMemory(options.memory_fd, options.ram)
-            self._control = ControlPage(options.control_fd)
+            self._control = ControlPage(options.control_fd, [layout.num for layout in options.queues])
         except (OSError, ValueError) as error:
             raise LgmpError(f"guest memory or control page: {error}") from error
         self._mailbox = Mailbox.open(options.mailbox)
@@ -145,16 +156,16 @@ class Worker:
             self._own_poll.register(descriptor, select.POLLIN)
         self._features = -1
         self._live = False  # whether the rings are the device's to touch: from the first kick until a reset
+        self._broken = False  # whether the driver broke a rule, and has not reset the device since
         self._stopping = False
-        device.attach(
-            [
-                Virtqueue(
-                    memory, layout, name=f"{options.name}: queue {number}", position=self._control.position(number)
-                )
-                for number, layout in enumerate(options.queues)
-            ],
-            self,
-        )
+        self._trace_fd = options.trace_fd
+        self._trace_from_start = options.trace
+        self._tracer: Tracer | None = None
+        self._queues = [
+            Virtqueue(memory, layout, name=f"{options.name}: queue {number}", inflight=self._control.inflight[number])
+            for number, layout in enumerate(options.queues)
+        ]
+        device.attach(self._queues, self, statistics=self._control.statistics, state=self._control.state)
 
     def used(self, queue: int) -> None:
         """Tell the launcher that used elements were added to ring `queue`."""
@@ -166,6 +177,8 @@ class Worker:
 
     def confine(self, confinement: Confinement) -> None:
         """Be locked in and drop the rights, before anything of the guest's was touched. Raises LgmpError."""
+        if self._trace_fd is not None:
+            self._make_tracer()  # what it imports is out of reach afterwards
         if confinement.user is not None:
             # So that their names can still be taken away, should the launcher be killed now.
             for mailbox in (self._mailbox, self._completions):
@@ -180,17 +193,22 @@ class Worker:
         self._tell(pack(ToLauncher.READY, self._index))
 
     def failed(self, text: str) -> None:
-        """Tell the launcher that the device cannot go on, and why."""
+        """Tell the launcher that the worker cannot go on, and why."""
+        self._tell_text(ToLauncher.FAILED, text)
+
+    def _tell_text(self, kind: ToLauncher, text: str) -> None:
         text = text.encode(errors="replace")[:_FAILED_TEXT_BYTES].decode(errors="ignore")
-        self._tell(pack(ToLauncher.FAILED, self._index, text))
+        self._tell(pack(kind, self._index, text))
 
     def serve(self) -> None:
         """Serve the device until the launcher says STOP.
 
-        Raises LgmpError for what is fatal to the guest, LauncherGone when there is nobody left to serve it for.
+        Raises LgmpError for what the worker cannot go on after, LauncherGone when there is nobody left to serve it for.
         """
         device = self._device
-        more = False
+        # A predecessor was killed in the middle of this: there may be work, and no kick to tell of it.
+        more = self._control.live and self._begin(self._device.resume)
+        self._begin_trace()
         while True:
             wanted = device.wants()
             self._was_kicked = False
@@ -205,9 +223,39 @@ class Worker:
             elif not more and not self._was_kicked:
                 check_parent(self._launcher)
             if raw is not None or more or self._was_kicked:
-                more = self._live and device.serve()
+                more = self._live and self._serve_rings()
             if self._stopping and not more and not device.busy:
                 return
+
+    def _begin(self, resume: Callable[[], None]) -> bool:
+        """A driver works with the rings: so does the device from now on. `resume` is to take over what is under way."""
+        self._live = True
+        self._see_features()
+        try:
+            for queue in self._queues:
+                queue.resume()
+            self._begin_trace()  # what is popped again is told of
+            resume()
+        except RingError as error:
+            self._break(error)
+        return self._live
+
+    def _serve_rings(self) -> bool:
+        try:
+            return self._device.serve()
+        except RingError as error:
+            self._break(error)
+            return False
+
+    def _break(self, error: RingError) -> None:
+        """The driver broke a rule: its device is no more, until it resets it. Others are not concerned."""
+        self._live = False
+        self._broken = True
+        # In this order: a successor of ours must not find the rings at their start with nobody knowing why.
+        if self._tracer is not None:
+            self._tracer.broken(str(error))
+        self._tell_text(ToLauncher.BROKEN, str(error))
+        self._device.reset()
 
     def _poll(self, wanted: Sequence[tuple[int, int]], more: bool) -> bytes | None:
         """Wait for a message, a kick or one of the `wanted` descriptors, and see to the latter; gives the message."""
@@ -226,16 +274,20 @@ class Worker:
             elif descriptor == self._kick_fd:
                 self._take_kick()
             else:
-                self._device.ready(descriptor, events)
+                try:
+                    self._device.ready(descriptor, events)
+                except RingError as error:
+                    self._break(error)
         return raw
 
     def _take_kick(self) -> None:
         """A kick came straight from the guest. Whether that has a driver yet is the launcher's to say."""
         self._forget_kicks()
         if self._live:
+            self._control.statistics[KICKS] += 1
             self._see_features()
             self._was_kicked = True
-        else:
+        elif not self._broken:
             self._tell(self._kicked)
 
     def _forget_kicks(self) -> None:
@@ -250,26 +302,61 @@ class Worker:
         if features != self._features:
             self._features = features
             self._device.accept(features)
+            if self._tracer is not None:
+                self._tracer.features(features)
 
     def _obey(self, raw: bytes) -> None:
         try:
-            what = unpack(raw)[0]
+            message = unpack(raw)
         except ValueError as error:
             raise LgmpError(f"a message from the launcher makes no sense: {error}") from error
-        self._see_features()
+        what = message[0]
         if what == ToWorker.KICK:
-            self._live = True
+            self._kick()
         elif what == ToWorker.RESET:
-            self._live = False
+            self._live = self._broken = False
             self._forget_kicks()
             self._device.reset()
             self._features = -1
+            if self._tracer is not None:
+                self._tracer.reset()
             self._tell(pack(ToLauncher.RESET_DONE, self._index))
         elif what == ToWorker.STOP:
+            self._see_features()
             self._stopping = True
             self._device.stop()
+        elif what == ToWorker.TRACE and self._trace_fd is not None and [*map(type, message)] == [int, int]:
+            self._trace(int(message[1]))
         else:
-            raise LgmpError(f"a message from the launcher makes no sense: kind {what}")
+            raise LgmpError(f"a message from the launcher makes no sense: {message}")
+
+    def _kick(self) -> None:
+        if self._broken:
+            return
+        self._control.statistics[KICKS] += 1
+        if self._live:
+            self._see_features()
+        else:
+            self._begin(lambda: None)
+
+    def _begin_trace(self) -> None:
+        """Its predecessor was traced when it was killed: so is it, from its first request on."""
+        if self._trace_from_start and self._trace_fd is not None:
+            self._trace(self._trace_from_start)
+            self._trace_from_start = 0
+
+    def _trace(self, setting: int) -> None:
+        tracer = self._tracer or self._make_tracer()
+        tracer.set(setting)
+
+    def _make_tracer(self) -> Tracer:
+        # Nothing that a worker needs which nobody traces.
+        from workers.traced import Tracer  # noqa: PLC0415
+
+        assert self._trace_fd is not None
+        self._tracer = Tracer(self._trace_fd, self._device, self._queues)
+        self._tracer.features(max(self._features, 0))
+        return self._tracer
 
     def _tell(self, raw: bytes) -> None:
         while not self._completions.send(raw, WATCH_SECONDS):
@@ -303,6 +390,8 @@ def _run(kind: str, make: Callable[[Options], Device], own: dict[str, str]) -> i
         errors.program = options.program
         _follow(options.launcher)
         device = make(options)
+        if options.kind:
+            title = f"lgmp-{options.kind}"
         worker = Worker(options, device)
         if options.confinement:
             _set_title(title, options)  # where it comes from is out of reach afterwards
@@ -318,7 +407,8 @@ def _run(kind: str, make: Callable[[Options], Device], own: dict[str, str]) -> i
     except LgmpError as error:
         return _give_up(title, worker, str(error))
     except Exception as error:
-        _give_up(title, worker, f"{type(error).__name__}: {error}; this is a defect of lgmp")
+        name, author = (options.name, options.author) if options is not None else (title, "lgmp")
+        _give_up(title, worker, f"{name}: {type(error).__name__}: {error}; this is a defect of {author}")
         raise
     finally:
         signal.signal(LAUNCHER_DEATH_SIGNAL, signal.SIG_IGN)
@@ -327,6 +417,11 @@ def _run(kind: str, make: Callable[[Options], Device], own: dict[str, str]) -> i
         if options and os.getppid() != options.launcher:
             unlink(options.mailbox)
             unlink(options.completions)
+            if options.control_socket is not None:
+                try:  # noqa: SIM105  contextlib is costly to import
+                    os.unlink(options.control_socket)
+                except OSError:
+                    pass  # it is gone, or out of reach: whoever lists guests next takes it away
     return 0
 
 

@@ -14,6 +14,8 @@ VIRTIO_CONFIG_S_ACKNOWLEDGE = 0x01
 VIRTIO_CONFIG_S_DRIVER = 0x02
 VIRTIO_CONFIG_S_DRIVER_OK = 0x04
 VIRTIO_CONFIG_S_FEATURES_OK = 0x08
+# The device is past help until it is reset; the name is virtio 1.0's, DEVICE_NEEDS_RESET.
+VIRTIO_CONFIG_S_NEEDS_RESET = 0x40
 VIRTIO_CONFIG_S_FAILED = 0x80
 
 # Feature bits that belong to no device: bit numbers, linux/virtio_config.h and linux/virtio_ring.h.

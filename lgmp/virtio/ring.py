@@ -8,6 +8,9 @@ Order of memory accesses: x86 keeps loads in order among themselves and stores i
 that taking from the available ring and adding to the used ring need. What would need a fence is "allow notifications,
 then look again"; so notifications are never suppressed here: VRING_USED_F_NO_NOTIFY is never set.
 
+What was taken and not given back is recorded in an in-flight region (lgmp.virtio.inflight), store by store in such an
+order that a successor of this process can go on wherever it was killed.
+
 The file is shaped by its hot path, `Virtqueue.pop` and `Virtqueue.push`: typed views of the rings are made once, a
 descriptor is unpacked in one call, and nothing is allocated per request but the slices handed out.
 """
@@ -24,10 +27,13 @@ from lgmp.virtio.ids import (
     VRING_DESC_F_NEXT,
     VRING_DESC_F_WRITE,
 )
+from lgmp.virtio.inflight import LAST_BATCH_HEAD_U16, USED_IDX_U16
 
 TYPE_CHECKING = False  # as typing's, which is costly to import in a worker
 if TYPE_CHECKING:
     from typing import Protocol
+
+    from lgmp.virtio.inflight import InflightRegion
 
     class Memory(Protocol):
         """What a ring needs of guest memory; lgmp.memory.GuestMemory is one."""
@@ -42,10 +48,6 @@ MAX_RING = 32768
 MAX_INDIRECT = 1024
 DESCRIPTOR_BYTES = 16
 USED_ELEMENT_BYTES = 8
-
-# Indexes into the position of a queue (lgmp.control lays it out the same way).
-_NEXT_AVAIL = 0
-_NEXT_USED = 1
 
 # One descriptor {u64 addr, u32 len, u16 flags, u16 next}, and three that lie side by side.
 _unpack_one = Struct("<QIHH").unpack_from
@@ -116,11 +118,18 @@ class Virtqueue:
     """
 
     __slots__ = (
+        "_again",
         "_avail",
+        "_counter",
+        "_counters",
         "_desc",
+        "_header",
+        "_inflight",
         "_limit",
+        "_next_avail",
+        "_next_used",
         "_num",
-        "_position",
+        "_region",
         "_used_head",
         "_used_id",
         "_used_len",
@@ -129,11 +138,11 @@ class Virtqueue:
         "name",
     )
 
-    def __init__(self, memory: Memory, layout: VringLayout, *, name: str, position: memoryview) -> None:
+    def __init__(self, memory: Memory, layout: VringLayout, *, name: str, inflight: InflightRegion) -> None:
         """Look at the ring that `layout` places in `memory`.
 
-        `name` begins every error, for example "vda: queue 0". `position` is two u16, the next available index to take
-        and the next used index to write; it is kept up to date, so that another Virtqueue can go on from it.
+        `name` begins every error, for example "vda: queue 0". `inflight` is kept up to date, so that another Virtqueue
+        can go on from it; it must be of a ring of this size. It is `resume` that takes over what is in it.
         Raises RingError where the ring has an impossible size or place.
         """
         num = layout.num
@@ -157,7 +166,6 @@ class Virtqueue:
         self._num = num
         self._limit = limit
         self._view = view
-        self._position = position
         self._desc = view[layout.desc : layout.desc + num * DESCRIPTOR_BYTES]
         # As u16: flags, idx, ring[num].
         self._avail = view[layout.avail : layout.avail + 4 + num * 2].cast("H")
@@ -165,6 +173,38 @@ class Virtqueue:
         elements = view[layout.used + 4 : layout.used + 4 + num * USED_ELEMENT_BYTES].cast("I")
         self._used_id = elements[::2]
         self._used_len = elements[1::2]
+        self._region = inflight
+        self._inflight = inflight.inflight
+        self._counters = inflight.counter
+        self._header = inflight.header
+        # The number of the next request; the next index to take from avail, and to write of used.
+        self._counter = 1
+        self._next_avail = self._next_used = 0
+        # Heads that a predecessor had taken and not given back, the next one last.
+        self._again: list[int] = []
+
+    def resume(self) -> None:
+        """Take over the ring from whoever served it before, as the in-flight region tells.
+
+        What was in flight is popped again, in the order in which it was first taken, before anything new. Raises
+        RingError where the driver has moved the used ring's index meanwhile, which is the device's.
+        """
+        region = self._region
+        header = self._header
+        used = self._used_head[1]
+        before = header[USED_IDX_U16]
+        if used != before:
+            # It was killed after it had published a used element, and before it had recorded that.
+            if used != (before + 1) & 0xFFFF or header[LAST_BATCH_HEAD_U16] >= self._num:
+                raise RingError(f"{self.name}: the index of used was moved from {before} to {used} by the driver")
+            region.inflight[header[LAST_BATCH_HEAD_U16]] = 0
+            header[USED_IDX_U16] = used
+        heads = region.heads()
+        self._counter = region.taken() + 1
+        self._next_used = used
+        self._next_avail = (used + len(heads)) & 0xFFFF
+        heads.reverse()
+        self._again = heads
 
     @property
     def num(self) -> int:
@@ -180,22 +220,52 @@ class Virtqueue:
         """
         return bool(self._avail[0] & VRING_AVAIL_F_NO_INTERRUPT)
 
+    # For whoever watches the ring; nothing of it is on the way of a request.
+
+    @property
+    def used_index(self) -> int:
+        """The used ring's index, as far as the in-flight region has followed it."""
+        return self._region.used_idx
+
+    def heads_in_flight(self) -> list[int]:
+        """The heads of the chains that are taken and not given back, oldest first."""
+        return self._region.heads()
+
+    @property
+    def descriptor_table(self) -> memoryview:
+        """The ring's descriptors as bytes, as the driver has them now."""
+        return self._desc
+
+    @property
+    def available_ring(self) -> memoryview:
+        """The available ring as bytes: u16 flags, u16 index, u16 heads."""
+        return self._avail.cast("B")
+
+    def memory_at(self, address: int, size: int) -> memoryview | None:
+        """Guest memory; None where it is not all there."""
+        return self._view[address : address + size] if 0 <= address <= self._limit - size else None
+
+    def look_at(self, head: int) -> tuple[int, list[memoryview], list[memoryview]]:
+        """The chain `head` as `pop` gives it, without taking it. Raises RingError."""
+        return self._walk(head)
+
     def reset(self) -> None:
         """Start from the beginning of the ring again, as after a reset of the device; touches no guest memory."""
-        self._position[_NEXT_AVAIL] = self._position[_NEXT_USED] = 0
+        self._region.reset()
+        self._next_avail = self._next_used = 0
+        self._again = []
         self.indirect = False
 
-    def pop(  # noqa: PLR0912, PLR0915  a call for each step would cost as much as the step
-        self,
-    ) -> tuple[int, list[memoryview], list[memoryview]] | None:
+    def pop(self) -> tuple[int, list[memoryview], list[memoryview]] | None:
         """Take the next chain that the driver made available; None where there is none.
 
         Gives the chain's head (for `push`), the segments the device may read and those it may write, as slices of
         guest memory, all within it; a segment may be empty. Raises RingError where the driver broke a rule.
         """
-        position = self._position
+        if self._again:
+            return self._walk(self._again.pop())
         avail = self._avail
-        last = position[0]
+        last = self._next_avail
         index = avail[1]
         if index == last:
             return None
@@ -208,31 +278,42 @@ class Virtqueue:
         head = avail[2 + last % count]
         if head >= count:
             raise RingError(f"{self.name}: Guest says index {head} is available, the ring has {count}")
-        position[0] = (last + 1) & 0xFFFF
+        if self._inflight[head]:
+            raise RingError(f"{self.name}: descriptor {head} is made available again while it is in flight")
+        self._next_avail = (last + 1) & 0xFFFF
+        # Its number before its mark: who is marked has one.
+        self._counters[head] = self._counter
+        self._counter += 1
+        self._inflight[head] = 1
 
-        view = self._view
-        limit = self._limit
-        table = self._desc
         # Most requests are three descriptors side by side, the second of which is the data: take them in one go.
-        # What does not fit that or breaks a rule goes the long way below.
+        # What does not fit that or breaks a rule goes the long way.
         if head + 3 <= count:
             start, size, flags, follows, start1, size1, flags1, follows1, start2, size2, flags2, _ = _unpack_three(
-                table, head << 4
+                self._desc, head << 4
             )
             if flags == VRING_DESC_F_NEXT and flags2 == VRING_DESC_F_WRITE and follows == head + 1 == follows1 - 1:
+                limit = self._limit
                 end = start + size
                 end1 = start1 + size1
                 end2 = start2 + size2
                 if end <= limit and end1 <= limit and end2 <= limit:
+                    view = self._view
                     if flags1 == _NEXT_WRITE:
                         return head, [view[start:end]], [view[start1:end1], view[start2:end2]]
                     if flags1 == VRING_DESC_F_NEXT:
                         return head, [view[start:end], view[start1:end1]], [view[start2:end2]]
+        return self._walk(head)
 
+    def _walk(self, head: int) -> tuple[int, list[memoryview], list[memoryview]]:
+        """The chain that begins with descriptor `head`, as `pop` gives it."""
+        view = self._view
+        limit = self._limit
+        table = self._desc
         readable: list[memoryview] = []
         writable: list[memoryview] = []
         at = head
-        left = count
+        count = left = self._num
         through = -1  # the descriptor that led into an indirect table
         while True:
             if not left:
@@ -267,15 +348,17 @@ class Virtqueue:
 
         The driver may look at it at once; whoever runs the guest is yet to be told that there is an interrupt to send.
         """
-        position = self._position
-        index = position[1]
+        index = self._next_used
         slot = index % self._num
         self._used_id[slot] = head
         self._used_len[slot] = written
-        # The element before the index, the index before our own note of it: the order in which others may look.
-        index = (index + 1) & 0xFFFF
+        header = self._header
+        header[LAST_BATCH_HEAD_U16] = head
+        # The element before the index, the index before our own record of it: the order in which others may look.
+        self._next_used = index = (index + 1) & 0xFFFF
         self._used_head[1] = index
-        position[1] = index
+        self._inflight[head] = 0
+        header[USED_IDX_U16] = index
 
     def _where(self, at: int, through: int) -> str:
         if through < 0:

@@ -5,8 +5,6 @@
 #define CHUNK_SECTORS 64u
 #define CHUNK_BYTES (CHUNK_SECTORS * SECTOR_SIZE)
 
-static bool started[MAX_DEVICES];
-
 struct device *blk_open(unsigned int index)
 {
 	struct device *disk = device_find(VIRTIO_ID_BLOCK, index);
@@ -15,17 +13,10 @@ struct device *blk_open(unsigned int index)
 		print("blk: no disk %u\n", index);
 		return NULL;
 	}
-	if (!started[disk - devices]) {
+	if (!disk->started)
 		device_start(disk, 1u << VIRTIO_BLK_F_BARRIER | 1u << VIRTIO_BLK_F_SEG_MAX | 1u << VIRTIO_BLK_F_FLUSH |
 					   1u << VIRTIO_RING_F_INDIRECT_DESC);
-		started[disk - devices] = true;
-	}
 	return disk;
-}
-
-void blk_forget(struct device *disk)
-{
-	started[disk - devices] = false;
 }
 
 u64 blk_capacity(struct device *disk)
@@ -75,9 +66,8 @@ u8 blk_do(struct device *disk, u32 type, u64 sector, const struct buffer *segmen
 	}
 	vq_kick(&disk->vqs[0]);
 	while (!request.done) {
-		if (!vq_wait(&disk->vqs[0], BLK_TIMEOUT_MS)) {
-			print("blk: no answer in %u seconds\n", BLK_TIMEOUT_MS / 1000);
-			blk_forget(disk);
+		if (!vq_wait_answer(&disk->vqs[0], "blk", BLK_TIMEOUT_MS)) {
+			disk->started = false;
 			return BLK_STATUS_TIMEOUT;
 		}
 		blk_reap(disk);
@@ -323,9 +313,9 @@ static void stress(struct device *disk, u32 count, u32 seed)
 		}
 		most = max(most, in_flight);
 		vq_kick(&disk->vqs[0]);
-		if (!vq_wait(&disk->vqs[0], BLK_TIMEOUT_MS)) {
-			print("blk stress: no answer in %u seconds, %u in flight\n", BLK_TIMEOUT_MS / 1000, in_flight);
-			blk_forget(disk);
+		if (!vq_wait_answer(&disk->vqs[0], "blk stress", BLK_TIMEOUT_MS)) {
+			print("blk stress: %u in flight\n", in_flight);
+			disk->started = false;
 			alloc_release(mark);
 			return;
 		}
@@ -390,7 +380,6 @@ static void reset_under_load(struct device *disk, u32 count)
 	/* Done with: from here on these pages are ours. */
 	for (u32 i = 0; i < n; i += 2)
 		memset(data + i * SECTOR_SIZE, 0xcc, SECTOR_SIZE);
-	blk_forget(disk);
 	delay_ns(20 * NSEC_PER_MSEC);
 	blk_open(disk->index);
 	failed += blk_read(disk, 0, again, n) != 0;

@@ -55,7 +55,6 @@ u8 blk_read(struct device *disk, u64 sector, void *to, u32 sectors);
 u8 blk_write(struct device *disk, u64 sector, const void *from, u32 sectors);
 /* What a sector holds after a write with this seed; every sector differs. */
 void blk_pattern(u8 *to, u64 sector, u32 seed);
-void blk_forget(struct device *disk); /* the next blk_open() resets it */
 /* Writes, reads and compares: true if all went well. */
 bool blk_check_rw(struct device *disk);
 

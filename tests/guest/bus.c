@@ -3,6 +3,8 @@
 #include "abi.h"
 #include "virtio.h"
 
+#define STATUS_TIMEOUT_MS 60000
+
 struct device devices[MAX_DEVICES];
 unsigned int device_count;
 u32 guest_limit;
@@ -54,6 +56,12 @@ void device_reset(struct device *device)
 		*(volatile u8 *)&device->desc->status = 0;
 	barrier();
 	device_notify_status(device);
+	device->started = false;
+}
+
+bool device_needs_reset(struct device *device)
+{
+	return *(volatile u8 *)&device->desc->status & VIRTIO_CONFIG_S_NEEDS_RESET;
 }
 
 void device_start(struct device *device, u32 wanted)
@@ -79,6 +87,7 @@ void device_start(struct device *device, u32 wanted)
 	else /* Linux has used the device before it tells of this; here the first kick is what tells of the features */
 		*(volatile u8 *)&desc->status =
 			VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER | VIRTIO_CONFIG_S_DRIVER_OK;
+	device->started = true;
 }
 
 const char *device_type_name(u8 type)
@@ -132,6 +141,58 @@ void bus_init(void)
 		device_count++;
 		offset += desc_size(desc);
 	}
+}
+
+/* The device that "block0" means, or "42", the first of that virtio type; NULL (and says so) if there is none. */
+static struct device *device_named(const char *name)
+{
+	char known[16];
+	u64 type;
+
+	for (unsigned int i = 0; i < device_count; i++) {
+		format(known, sizeof(known), "%s%u", device_type_name(devices[i].desc->type), devices[i].index);
+		if (parse_number(name, &type) ? devices[i].desc->type == type : !strcmp(name, known))
+			return &devices[i];
+	}
+	print("%s: no such device\n", name);
+	return NULL;
+}
+
+static bool needs_reset(void *arg)
+{
+	return device_needs_reset(arg);
+}
+
+bool cmd_status(int argc, char **argv)
+{
+	bool wait = argc == 3 && !strcmp(argv[2], "wait");
+	struct device *device;
+
+	if (argc != 2 && !wait)
+		return false;
+	device = device_named(argv[1]);
+	if (device && wait)
+		wait_for(needs_reset, device, STATUS_TIMEOUT_MS);
+	if (device)
+		print("status %s: %02x%s\n", argv[1], device->desc->status, device_needs_reset(device) ? " needs reset" : "");
+	return true;
+}
+
+bool cmd_reset(int argc, char **argv)
+{
+	struct device *device;
+
+	if (argc != 2)
+		return false;
+	device = device_named(argv[1]);
+	if (!device)
+		return true;
+	if (console_up && device == device_find(VIRTIO_ID_CONSOLE, 0))
+		console_restart();
+	else
+		device_reset(device);
+	print("reset %s: status %02x\n", argv[1], device->desc->status);
+	return true;
 }
 
 static void print_hex(const u8 *bytes, unsigned int length)

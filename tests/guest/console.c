@@ -49,6 +49,14 @@ void console_init(void)
 	console_up = true;
 }
 
+void console_restart(void)
+{
+	/* Nothing comes out any more of one that needs a reset. */
+	if (console_up && !device_needs_reset(console))
+		console_drain();
+	console_init();
+}
+
 void console_down(void)
 {
 	console_drain();
@@ -221,8 +229,7 @@ bool cmd_console(int argc, char **argv)
 	else if (!strcmp(what, "cat"))
 		cat();
 	else if (!strcmp(what, "reset")) {
-		console_drain();
-		console_init();
+		console_restart();
 		print("console reset: %s\n", console_up ? "up again" : "no console");
 	} else
 		return false;

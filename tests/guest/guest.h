@@ -139,6 +139,7 @@ bool wait_for(bool (*done)(void *arg), void *arg, u32 timeout_ms);
 extern bool console_up;
 extern bool console_cancelled; /* ^C was seen by console_poll_cancel() */
 void console_init(void);
+void console_restart(void); /* a reset */
 void console_down(void);
 void console_write(const char *text, size_t length);
 void console_flush(void); /* sends what is buffered */
@@ -147,16 +148,33 @@ int console_getc(void);   /* waits; -1 if there is no console */
 bool console_poll_cancel(void);
 bool console_input_ready(void);
 
+/* rng.c */
+/* One buffer filled: how many bytes it got; 0 (and says why) if none. */
+u32 rng_read(void *to, u32 count);
+
+/* net.c */
+/* Has net0 ready to ping an address; false (and says why) if nobody there answers. */
+bool net_ping_start(const char *address);
+void net_ping_send(u32 number);
+/* Answers what came in, until so many of our pings were answered since the start; gives how many were. */
+u32 net_ping_receive(u32 wanted, u32 timeout_ms);
+
 /* shell.c */
 #define MAX_WORDS 16
 extern bool commands_from_arguments; /* not from the prompt */
 void shell_run(char *commands); /* separated by ';' */
 noreturn void shell_prompt(void);
+/* The words from "first" on, a blank between them. */
+void join_words(char *to, size_t size, int first, int argc, char **argv);
 bool word_number(int argc, char **argv, int index, u32 *value);
 bool word_number64(int argc, char **argv, int index, u64 *value);
 
 /* The commands: argv[0] is the command's own name; false prints its usage. */
 bool cmd_devices(int argc, char **argv);
+bool cmd_status(int argc, char **argv);
+bool cmd_reset(int argc, char **argv);
+bool cmd_ask(int argc, char **argv);
+bool cmd_torture(int argc, char **argv);
 bool cmd_blk(int argc, char **argv);
 bool cmd_console(int argc, char **argv);
 bool cmd_net(int argc, char **argv);

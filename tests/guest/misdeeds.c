@@ -668,7 +668,7 @@ static const struct misdeed {
 	{ "avail-jump", avail_jump, RING, STOPS_DEVICE ": the avail index moves by more than the ring's size" },
 	{ "avail-back", avail_back, RING, STOPS_DEVICE ": the avail index goes back by one" },
 	{ "avail-trash", avail_trash, RING, STOPS_DEVICE ": the avail ring is all ones" },
-	{ "used-trash", used_trash, RING, "the used ring is all ones: the device doesn't read it, so all goes well" },
+	{ "used-trash", used_trash, RING, "nothing, or " STOPS_DEVICE ": the used ring, which is the device's, is all ones" },
 	{ "descriptor-trash", descriptor_trash, RING, STOPS_DEVICE ": a descriptor table of chance" },
 	{ "same-head", same_head, RING, "one request in every slot of the avail ring: all are done, or " STOPS_DEVICE },
 	{ "early", early, RING, "a warning: output with status 0 is ignored" },
@@ -848,7 +848,7 @@ static void run(const struct misdeed *misdeed)
 		u16 finished = queue->used->idx - used;
 		u8 status = page[1024];
 
-		blk_forget(target);
+		target->started = false;
 		/* The console's messages go through it, so put it right first. */
 		if (target->desc->type == VIRTIO_ID_CONSOLE)
 			console_init();

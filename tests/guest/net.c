@@ -59,7 +59,7 @@ static struct net {
 	bool peer_known;
 	u16 reply_sequence;
 	bool reply_seen;
-	u32 received, sent, arp_answered, ping_answered, errors;
+	u32 received, sent, arp_answered, ping_answered, replies, errors;
 } nets[4];
 
 static u16 swap16(u16 value)
@@ -114,11 +114,14 @@ static struct net *net_open(u32 index)
 		print("net: no network device %u\n", index);
 		return NULL;
 	}
-	if (net->device)
+	if (net->device && device->started)
 		return net;
+	if (!net->device) {
+		net->rx = alloc_pages(RX_SLOTS * SLOT_BYTES / PAGE_SIZE);
+		net->tx = alloc_pages(TX_SLOTS * SLOT_BYTES / PAGE_SIZE);
+	}
 	net->device = device;
-	net->rx = alloc_pages(RX_SLOTS * SLOT_BYTES / PAGE_SIZE);
-	net->tx = alloc_pages(TX_SLOTS * SLOT_BYTES / PAGE_SIZE);
+	memset(net->tx_busy, 0, sizeof(net->tx_busy));
 	device_start(device, 1u << VIRTIO_NET_F_MAC | 1u << VIRTIO_RING_F_INDIRECT_DESC);
 	if (device->features >> VIRTIO_NET_F_MAC & 1)
 		memcpy(net->mac, device_config(device), 6);
@@ -234,6 +237,7 @@ static void receive_ip(struct net *net, struct ethernet *ethernet, struct ip *ip
 	} else if (icmp->type == ICMP_ECHOREPLY && icmp->id == PING_ID && ip->from == net->peer_ip) {
 		net->reply_sequence = icmp->sequence;
 		net->reply_seen = true;
+		net->replies++;
 	}
 }
 
@@ -295,15 +299,11 @@ static void receive_until(struct net *net, bool *flag, u32 timeout_ms)
 	}
 }
 
-static void ping(struct net *net, const char *name, u32 target, u32 count, u32 size)
+/* Finds out who has an address, in net->peer_mac; false if nobody answers. */
+static bool resolve(struct net *net, u32 target)
 {
 	static const u8 everyone[6] = { 0xff, 0xff, 0xff, 0xff, 0xff, 0xff };
-	static u8 data[1472];
-	u32 answered = 0;
 
-	for (u32 i = 0; i < sizeof(data); i++)
-		data[i] = i;
-	size = min(size, (u32)sizeof(data));
 	net->peer_ip = target;
 	net->peer_known = false;
 	if (!net->ip) /* the next address after the target's will do on a network of two */
@@ -312,6 +312,18 @@ static void ping(struct net *net, const char *name, u32 target, u32 count, u32 s
 		send_arp(net, ARP_REQUEST, everyone, target);
 		receive_until(net, &net->peer_known, PING_TIMEOUT_MS);
 	}
+	return net->peer_known;
+}
+
+static void ping(struct net *net, const char *name, u32 target, u32 count, u32 size)
+{
+	static u8 data[1472];
+	u32 answered = 0;
+
+	for (u32 i = 0; i < sizeof(data); i++)
+		data[i] = i;
+	size = min(size, (u32)sizeof(data));
+	resolve(net, target);
 	for (u32 i = 0; i < count && net->peer_known; i++) {
 		u64 start = now_ns();
 
@@ -329,6 +341,47 @@ static void ping(struct net *net, const char *name, u32 target, u32 count, u32 s
 	if (!net->peer_known)
 		print("net ping %s: no ARP answer\n", name);
 	print("net ping %s: %u of %u answered\n", name, answered, count);
+}
+
+bool net_ping_start(const char *address)
+{
+	struct net *net;
+	u32 ip;
+
+	if (!parse_ip(address, &ip)) {
+		print("net: %s is no address\n", address);
+		return false;
+	}
+	net = net_open(0);
+	if (!net)
+		return false;
+	net->replies = 0;
+	if (resolve(net, ip))
+		return true;
+	print("net ping %s: no ARP answer\n", address);
+	return false;
+}
+
+void net_ping_send(u32 number)
+{
+	static const u8 data[56] = "how do you do";
+
+	send_icmp(&nets[0], nets[0].peer_mac, nets[0].peer_ip, ICMP_ECHO, PING_ID, swap16(number), data, sizeof(data));
+}
+
+u32 net_ping_receive(u32 wanted, u32 timeout_ms)
+{
+	struct net *net = &nets[0];
+	u64 end = now_ns() + (u64)timeout_ms * NSEC_PER_MSEC;
+
+	if (!net->device || !net->device->started)
+		return 0;
+	receive(net);
+	while (net->replies < wanted && now_ns() < end) {
+		vq_wait(&net->device->vqs[0], timeout_ms);
+		receive(net);
+	}
+	return net->replies;
 }
 
 bool cmd_net(int argc, char **argv)

@@ -4,38 +4,43 @@
 
 #define TIMEOUT_MS 30000
 
+u32 rng_read(void *to, u32 count)
+{
+	struct device *rng = device_find(VIRTIO_ID_RNG, 0);
+	struct buffer buffer = { to, count };
+	u32 length = 0;
+
+	if (!rng || !rng->desc->num_vq) {
+		print("rng: no such device\n");
+		return 0;
+	}
+	if (!rng->started)
+		device_start(rng, 0);
+	vq_add(&rng->vqs[0], &buffer, 0, 1, to);
+	vq_kick(&rng->vqs[0]);
+	if (!vq_wait_answer(&rng->vqs[0], "rng read", TIMEOUT_MS)) {
+		rng->started = false;
+		return 0;
+	}
+	vq_get(&rng->vqs[0], &length);
+	if (length && length <= count)
+		return length;
+	print("rng read: %u bytes in a buffer of %u\n", length, count);
+	return 0;
+}
+
 bool cmd_rng(int argc, char **argv)
 {
 	static u8 data[PAGE_SIZE];
-	static bool started;
-	struct device *rng = device_find(VIRTIO_ID_RNG, 0);
 	u32 count, done = 0, buffers = 0, hash = FNV1A_START, ones = 0;
 
 	if (argc != 3 || strcmp(argv[1], "read") || !word_number(argc, argv, 2, &count))
 		return false;
-	if (!rng || !rng->desc->num_vq) {
-		print("rng: no such device\n");
-		return true;
-	}
-	if (!started)
-		device_start(rng, 0);
-	started = true;
 	while (done < count) {
-		struct buffer buffer = { data, min(count - done, (u32)sizeof(data)) };
-		u32 length = 0;
+		u32 length = rng_read(data, min(count - done, (u32)sizeof(data)));
 
-		vq_add(&rng->vqs[0], &buffer, 0, 1, data);
-		vq_kick(&rng->vqs[0]);
-		if (!vq_wait(&rng->vqs[0], TIMEOUT_MS)) {
-			print("rng read: no answer in %u seconds\n", TIMEOUT_MS / 1000);
-			started = false;
+		if (!length)
 			return true;
-		}
-		vq_get(&rng->vqs[0], &length);
-		if (!length || length > buffer.length) {
-			print("rng read: %u bytes in a buffer of %u\n", length, buffer.length);
-			return true;
-		}
 		hash = fnv1a(hash, data, length);
 		for (u32 i = 0; i < length; i++)
 			for (u8 byte = data[i]; byte; byte &= byte - 1)

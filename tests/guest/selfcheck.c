@@ -1017,7 +1017,6 @@ static void check_disk(bool overwrite)
 		return;
 	}
 	check_reset(disk);
-	blk_forget(disk);
 	blk_open(0);
 	a = alloc_pages(8);
 	b = alloc_pages(8);

@@ -27,20 +27,20 @@ bool word_number(int argc, char **argv, int index, u32 *value)
 	return true;
 }
 
-static void join(char *to, size_t size, int argc, char **argv)
+void join_words(char *to, size_t size, int first, int argc, char **argv)
 {
 	size_t length = 0;
 
 	to[0] = 0;
-	for (int i = 1; i < argc && length < size; i++)
-		length += format(to + length, size - length, i > 1 ? " %s" : "%s", argv[i]);
+	for (int i = first; i < argc && length < size; i++)
+		length += format(to + length, size - length, i > first ? " %s" : "%s", argv[i]);
 }
 
 static bool cmd_echo(int argc, char **argv)
 {
 	char text[LINE_SIZE];
 
-	join(text, sizeof(text), argc, argv);
+	join_words(text, sizeof(text), 1, argc, argv);
 	print("%s\n", text);
 	return true;
 }
@@ -136,7 +136,7 @@ static bool cmd_crash(int argc, char **argv)
 {
 	char text[LINE_SIZE];
 
-	join(text, sizeof(text), argc, argv);
+	join_words(text, sizeof(text), 1, argc, argv);
 	shutdown(text, LGUEST_SHUTDOWN_POWEROFF);
 }
 
@@ -147,6 +147,9 @@ static const struct command {
 	{ "help", "", "lists the commands", cmd_help },
 	{ "echo", "TEXT", "prints TEXT", cmd_echo },
 	{ "devices", "", "lists what is on the lguest bus", cmd_devices },
+	{ "status", "DEVICE [wait]", "a device's status byte, as block0 or a virtio type; wait for it to need a reset",
+	  cmd_status },
+	{ "reset", "DEVICE", "resets a device; its driver starts it again when it is next used", cmd_reset },
 	{ "mem", "", "how much memory there is", cmd_mem },
 	{ "uptime", "", "how long the guest has run", cmd_uptime },
 	{ "args", "", "prints the kernel arguments", cmd_args },
@@ -158,6 +161,9 @@ static const struct command {
 	{ "console", "lines N LEN|read N|cat|reset", "console tests", cmd_console },
 	{ "net", "[-d N] ip ADDRESS [for SECONDS]|addr ADDRESS|ping ADDRESS N [BYTES]", "answers ARP and ping, or pings", cmd_net },
 	{ "rng", "read N", "reads N random bytes", cmd_rng },
+	{ "ask", "[-d N] TYPE TEXT", "sends TEXT to a device of that virtio type, and prints what comes back", cmd_ask },
+	{ "torture", "N [ADDRESS]", "N rounds of work for disk 0 and all else at once, pinging ADDRESS; ^C ends it",
+	  cmd_torture },
 	{ "idle", "SECONDS", "halts, with a timer every second", cmd_idle },
 	{ "spin", "SECONDS", "keeps the CPU busy", cmd_spin },
 	{ "bench", "hcall N|syscall N|fault N|blk N", "nanoseconds each", cmd_bench },

@@ -13,6 +13,7 @@
 #define VIRTIO_CONFIG_S_ACKNOWLEDGE 1
 #define VIRTIO_CONFIG_S_DRIVER 2
 #define VIRTIO_CONFIG_S_DRIVER_OK 4
+#define VIRTIO_CONFIG_S_NEEDS_RESET 0x40
 #define VIRTIO_CONFIG_S_FAILED 0x80
 
 #define VIRTIO_RING_F_INDIRECT_DESC 28
@@ -79,6 +80,7 @@ struct device {
 	unsigned int index; /* among devices of its type: vda is block 0 */
 	u32 address;	    /* guest-physical address of desc */
 	u32 features;	    /* accepted, first 32 */
+	bool started;	    /* a driver works with it */
 	struct virtqueue vqs[MAX_VQS];
 };
 
@@ -96,11 +98,13 @@ struct device *device_find(u8 type, unsigned int index);
 const char *device_type_name(u8 type);
 u32 device_offered(struct device *device);
 u8 *device_config(struct device *device);
+/* Whose driver has to start it again after this. */
 void device_reset(struct device *device);
 /* Everything from reset to DRIVER_OK, accepting those features of "wanted" that are offered. */
 void device_start(struct device *device, u32 wanted);
 void device_set_status(struct device *device, u8 status);
 void device_notify_status(struct device *device);
+bool device_needs_reset(struct device *device);
 
 /* virtqueue.c */
 void vq_init(struct virtqueue *vq, struct device *device, const struct lguest_vqconfig *config);
@@ -113,6 +117,8 @@ bool vq_has_used(struct virtqueue *vq);
 void *vq_get(struct virtqueue *vq, u32 *length);
 /* Waits for a finished request; false is a timeout. */
 bool vq_wait(struct virtqueue *vq, u32 timeout_ms);
+/* As vq_wait(), but no longer than the device can answer; false (and says why) if it has not. */
+bool vq_wait_answer(struct virtqueue *vq, const char *who, u32 timeout_ms);
 bool vq_idle(struct virtqueue *vq);
 u32 vring_bytes(u32 num);
 #endif

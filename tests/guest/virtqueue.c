@@ -167,3 +167,22 @@ bool vq_wait(struct virtqueue *vq, u32 timeout_ms)
 {
 	return wait_for(has_used, vq, timeout_ms);
 }
+
+static bool answered_or_broken(void *arg)
+{
+	struct virtqueue *vq = arg;
+
+	return vq_has_used(vq) || device_needs_reset(vq->device);
+}
+
+bool vq_wait_answer(struct virtqueue *vq, const char *who, u32 timeout_ms)
+{
+	wait_for(answered_or_broken, vq, timeout_ms);
+	if (vq_has_used(vq))
+		return true;
+	if (device_needs_reset(vq->device))
+		print("%s: no answer, the device needs a reset\n", who);
+	else
+		print("%s: no answer in %u seconds\n", who, timeout_ms / 1000);
+	return false;
+}
