@@ -28,7 +28,7 @@ from lgmp.hosts.embedded.abi import GuestAbi
 from lgmp.loader import LoadedGuest, load_guest, map_memory
 from lgmp.mailbox import sweep_stale_queues
 from lgmp.memory import PAGE_SIZE, GuestMemory
-from lgmp.supervisor import Supervisor, Worker, WorkerSpecification
+from lgmp.supervisor import Supervisor, Worker, WorkerSpecification, WorkerState
 from lgmp.terminal import RawTerminal
 from lgmp.title import set_title
 from lgmp.tracing import wire
@@ -129,8 +129,8 @@ class Launch:
         self._rings: dict[tuple[int, int], tuple[int, int]] = {}
         # The devices, by index, whose drivers --verbose has told of since they were reset.
         self._announced: set[int] = set()
-        # The devices, by index, that are broken, and whose drivers are yet to be told.
-        self._broken: set[int] = set()
+        # The devices, by index, that are out of order, or no longer, and whose drivers are yet to be told.
+        self._to_mark: set[int] = set()
         # Whether a guest notifies a device's descriptor for any status that it writes, not only to reset the device.
         self._status_notify = True
         # What devices stand on, by index, in words.
@@ -340,7 +340,7 @@ class Launch:
     def _reset(self, worker: Worker) -> None:
         self._say(f"device {worker.device.index}: {worker.device.name} reset")
         self._announced.discard(worker.device.index)
-        self._broken.discard(worker.device.index)
+        self._to_mark.discard(worker.device.index)
         self._supervisor.reset(worker, give_up=lambda: self._end is not None)
 
     def _early_console(self, address: int) -> None:
@@ -396,12 +396,15 @@ class Launch:
                 self._supervisor.count_interrupt(index)
 
     def _mark_broken(self) -> None:
-        """Tell drivers that their devices are no good until they are reset, in the guest's thread: it stands still."""
-        while self._broken:
-            device = self._worker_of_index(self._broken.pop()).device
-            # A driver that has just begun a reset, or has none, is not to find this in the place of its 0.
-            if device.status:
+        """Tell drivers which devices are out of order, in the guest's thread: it stands still."""
+        while self._to_mark:
+            worker = self._worker_of_index(self._to_mark.pop())
+            device = worker.device
+            # A driver that has just begun a reset is not to find this in the place of its 0.
+            if device.status and worker.out_of_order:
                 device.status |= ids.VIRTIO_CONFIG_S_NEEDS_RESET
+            elif device.status:
+                device.status &= ~ids.VIRTIO_CONFIG_S_NEEDS_RESET
 
     def _worker_of(self, device: BusDevice) -> Worker:
         return self._worker_of_index(device.index)
@@ -433,14 +436,21 @@ class Launch:
         """In the waker: a worker has a successor."""
         in_flight = sum(len(region.heads()) for region in worker.control.inflight)
         say(f"{why}; started again as pid {worker.process.pid}, {in_flight} in flight")
+        if worker.device.status & ids.VIRTIO_CONFIG_S_NEEDS_RESET:
+            self._mark(worker)  # it had been given up
 
     def broken(self, worker: Worker, why: str) -> None:
-        """In the waker: a device is no good until its driver resets it."""
+        """In the waker: a device is out of order."""
         if self._options.on_device_error == "die":
             self.failed(why)
             return
-        say(f"{why}; {worker.device.name} is out of order until its driver resets it")
-        self._broken.add(worker.device.index)
+        name = worker.device.name
+        remedy = f" or you do (lgmp restart-worker {name})" if worker.state == WorkerState.GIVEN_UP else ""
+        say(f"{why}; {name} is out of order until its driver resets it{remedy}")
+        self._mark(worker)
+
+    def _mark(self, worker: Worker) -> None:
+        self._to_mark.add(worker.device.index)
         self._break_in()
 
     def failed(self, text: str) -> None:

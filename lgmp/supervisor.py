@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from enum import StrEnum
+from enum import Enum, StrEnum
 from typing import NamedTuple, Protocol
 
 from lgmp.bus import BusDevice
@@ -60,8 +60,10 @@ _HELD_BACK_WHILE_STARTING = {
 
 
 # A worker that ends without having got anything done, so often within so many seconds, is given up: sooner where it
-# ended of itself than where somebody keeps killing it. Each time it is left alone twice as long, in seconds.
-_CRASHES_AT_MOST = 5
+# ended of itself than where somebody keeps killing it. Each time it is left alone twice as long, in seconds. An exit is
+# its own doing; a signal may be, but not before it is READY: until then it touches nothing of the guest's.
+_EXITS_AT_MOST = 5
+_CRASHES_AT_MOST = 10
 _KILLS_AT_MOST = 100
 _WITHIN = 10.0
 _FIRST_PAUSE = 0.1
@@ -96,6 +98,14 @@ class WorkerState(StrEnum):
     WAITING = "waiting"  # ended, and to be started again in a moment
     GIVEN_UP = "given up"
     ENDED = "ended"
+
+
+class _End(Enum):
+    """How a worker ended."""
+
+    EXIT = 1
+    CRASH = 2  # by a signal that may be its own doing
+    KILL = 3  # by somebody
 
 
 class Incarnation:
@@ -152,15 +162,15 @@ class Worker:
         self.was_ready = False
         # The last thing that went wrong with it or its driver.
         self.error: str | None = None
-        # Whether its driver broke a rule, or nobody serves it any more: no good until the driver resets it.
+        # Whether its driver broke a rule: its rings are nobody's until the driver resets it.
         self.broken = False
         self.current: Incarnation
         # Held while one thread sends a kick, begins a reset, or puts another incarnation in the place of one.
         self.lock = threading.Lock()
         # Whether a reset is under way: until it is over, the rings are nobody's.
         self.resetting = False
-        # When it ended without having got anything done, and whether of itself.
-        self.futile: list[tuple[float, bool]] = []
+        # When it ended without having got anything done, and how.
+        self.futile: list[tuple[float, _End]] = []
         # How much had been done when it was started.
         self.done_before: tuple[int, ...] = ()
 
@@ -168,6 +178,11 @@ class Worker:
     def process(self) -> subprocess.Popen[bytes]:
         """The process that serves it now, or did last."""
         return self.current.process
+
+    @property
+    def out_of_order(self) -> bool:
+        """Whether the driver gets no answers any more until it resets the device."""
+        return self.broken or self.state == WorkerState.GIVEN_UP
 
     @property
     def title(self) -> str:
@@ -228,7 +243,7 @@ class Listener(Protocol):
         """A worker ended, as `why` tells, and another is in its place."""
 
     def broken(self, worker: Worker, why: str) -> None:
-        """A device is no good any more until its driver resets it; `why` is what the driver did, or the worker."""
+        """A device is out of order; `why` is what the driver did, or the worker."""
 
     def failed(self, text: str) -> None:
         """A worker ended that should not have, and is not to be started again, or sent what makes no sense."""
@@ -572,7 +587,7 @@ class Supervisor:
         return False
 
     def _break(self, worker: Worker, why: str) -> None:
-        """A device is no good any more until its driver resets it."""
+        """The driver of a device broke a rule, and gets no answers any more until it resets it."""
         with worker.lock:
             if worker.resetting:
                 return  # it is being reset already
@@ -599,6 +614,7 @@ class Supervisor:
         self._waker.forget(incarnation.completions.fileno())
         incarnation.unlink()
         why = worker.describe_end()
+        was_ready = worker.state == WorkerState.RUNNING
         with worker.lock:
             worker.state = WorkerState.ENDED
             incarnation.ended.set()
@@ -616,7 +632,8 @@ class Supervisor:
         if self._on_crash == "stop" or cannot_start:
             self._listener.failed(why)
             return
-        pause = self._pause(worker, -code)
+        end = _End.EXIT if code >= 0 else _End.CRASH if was_ready and -code not in _KILLS else _End.KILL
+        pause = self._pause(worker, end)
         if pause is None:
             self._give_up(worker, why)
         elif pause:
@@ -625,26 +642,26 @@ class Supervisor:
         else:
             self._start_again(worker, why)
 
-    def _pause(self, worker: Worker, number: int) -> float | None:
-        """How long to leave a worker alone that ended, in seconds; None where it is to be given up.
-
-        `number`: that of the signal that killed it.
-        """
+    def _pause(self, worker: Worker, end: _End) -> float | None:
+        """How long to leave a worker alone that ended so, in seconds; None where it is to be given up."""
         if worker.done() != worker.done_before:
             worker.futile.clear()
             return 0
         now = time.monotonic()
-        of_itself = number not in _KILLS
-        worker.futile = [(when, what) for when, what in worker.futile if now - when < _WITHIN]
-        worker.futile.append((now, of_itself))
-        crashes = sum(what for _when, what in worker.futile)
-        if crashes >= _CRASHES_AT_MOST or len(worker.futile) - crashes >= _KILLS_AT_MOST:
+        worker.futile = [(when, how) for when, how in worker.futile if now - when < _WITHIN]
+        worker.futile.append((now, end))
+        ends = [how for _when, how in worker.futile]
+        exits, kills = ends.count(_End.EXIT), ends.count(_End.KILL)
+        crashes = len(ends) - kills
+        if exits >= _EXITS_AT_MOST or crashes >= _CRASHES_AT_MOST or kills >= _KILLS_AT_MOST:
             return None
-        return min(_FIRST_PAUSE * 2 ** (crashes - 2), _LONGEST_PAUSE) if of_itself and crashes > 1 else 0
+        return min(_FIRST_PAUSE * 2 ** (crashes - 2), _LONGEST_PAUSE) if end is not _End.KILL and crashes > 1 else 0
 
     def _give_up(self, worker: Worker, why: str) -> None:
+        """Leave a device without a worker. Its rings stay as they are, for `restart`."""
         worker.state = WorkerState.GIVEN_UP
-        self._break(worker, f"{why}; it keeps ending, and is given up")
+        worker.error = f"{why}; it keeps ending, and is given up"
+        self._listener.broken(worker, worker.error)
 
     def _start_again(self, worker: Worker, why: str) -> None:
         """In the waker: start another process for a worker whose last one has ended."""

@@ -149,7 +149,7 @@ def test_workers_run_on_the_same_python() -> None:
 
 @needs_lguest_device
 @pytest.mark.parametrize("name", ["vda", "console"])
-def test_a_worker_that_is_killed_is_named(name: str, kernel: tuple[str, ...], tmp_path: Path) -> None:
+def test_a_worker_that_is_killed_has_a_successor(name: str, kernel: tuple[str, ...], tmp_path: Path) -> None:
     disk = make_disk(tmp_path / "disk.img")
 
     with (
@@ -159,9 +159,14 @@ def test_a_worker_that_is_killed_is_named(name: str, kernel: tuple[str, ...], tm
         launched.wait_until_ready()
         pid = launched.workers()[name]
         os.kill(pid, signal.SIGKILL)
-        code, _out, err = launched.end()
+        launched.err.wait_for("started again")
+        launched.command("blk crc")
+        launched.send("poweroff\n")
+        code, out, err = launched.end()
 
-    assert (code, err) == (1, f"lgmp: worker {name} (pid {pid}) was killed by SIGKILL\n")
+    assert code == 0
+    assert "blk crc: status 0" in out
+    assert err.startswith(f"lgmp: worker {name} (pid {pid}) was killed by SIGKILL; started again as pid ")
 
 
 @needs_lguest_device

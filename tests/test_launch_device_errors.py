@@ -183,7 +183,8 @@ def test_a_device_that_always_fails_is_given_up_with_its_last_words(failing: str
     assert code == 0
     assert "ask: no answer, the device needs a reset\nstatus 42: 47 needs reset\n" + CONTENT in out
     words = f"failing0: ValueError: no luck; this is a defect of {failing}"
-    assert err.splitlines()[-1] == f"lgmp: {words}; it keeps ending, and is given up; failing0 {LOST}"
+    remedy = "or you do (lgmp restart-worker failing0)"
+    assert err.splitlines()[-1] == f"lgmp: {words}; it keeps ending, and is given up; failing0 {LOST} {remedy}"
     assert given_up["error"] == f"{words}; it keeps ending, and is given up"
     assert (given_up["state"], given_up["pid"], given_up["broken"]) == ("given up", None, True)
 
@@ -202,7 +203,27 @@ def test_a_device_that_was_given_up_is_revived_by_a_reset_of_its_driver(failing:
     assert given_up["state"] == "given up"
     assert (revived["state"], revived["broken"]) == ("running", False)
     assert out.index("ask: no answer, the device needs a reset\n") < out.index("ask 42: 2 bytes 'ok'\nstatus 42: 07\n")
-    assert "lgmp: its driver has reset it; started again as pid " in err
+    assert "lgmp: failing0 was reset by its driver; started again as pid " in err
+
+
+def test_a_device_that_was_given_up_goes_on_where_it_was_when_its_worker_is_restarted(failing: str) -> None:
+    with prompt("--device", f"{failing},times=6") as launched:
+        launched.command("ask 42 hello; status 42")
+        before = said(launched, "failing0")
+        subprocess.run([*LGMP, "restart-worker", "failing0", str(launched.pid)], check=True)
+        wait_until(lambda: said(launched, "failing0")["queues"][0]["in_flight"] == 0, "the answer")
+        launched.command("status 42")
+        after = said(launched, "failing0")
+        launched.send("poweroff\n")
+        code, out, _err = launched.end()
+
+    assert code == 0
+    assert (before["state"], before["broken"], before["queues"][0]["in_flight"]) == ("given up", True, 1)
+    assert (after["state"], after["broken"]) == ("running", False)
+    assert [line for line in out.splitlines() if line.startswith("status")] == [
+        "status 42: 47 needs reset",
+        "status 42: 07",
+    ]
 
 
 def test_a_device_that_fails_ends_the_guest_where_it_is_to(failing: str) -> None:

@@ -94,7 +94,7 @@ def test_a_guest_reboots(old: tuple[str, ...], devices: list[str]) -> None:
 def test_a_worker_that_is_killed_ends_the_guest_and_is_named(
     name: str, number: signal.Signals, old: tuple[str, ...], devices: list[str]
 ) -> None:
-    with prompt(*devices, prefix=old) as launched:
+    with prompt(*devices, "--on-crash", "stop", prefix=old) as launched:
         pid = launched.workers()[name]
         os.kill(pid, number)
         code, _out, err = launched.end()
@@ -106,7 +106,7 @@ def test_a_worker_that_is_killed_ends_the_guest_and_is_named(
 def test_a_worker_that_is_killed_while_it_starts_ends_the_guest(
     name: str, old: tuple[str, ...], devices: list[str]
 ) -> None:
-    with launch("quiet", *devices, prefix=old) as launched:
+    with launch("quiet", *devices, "--on-crash", "stop", prefix=old) as launched:
         wait_until(lambda: name in launched.workers(), f"worker {name}")
         pid = launched.workers()[name]
         os.kill(pid, signal.SIGKILL)
@@ -115,8 +115,26 @@ def test_a_worker_that_is_killed_while_it_starts_ends_the_guest(
     assert (code, err) == (1, f"lgmp: worker {name} (pid {pid}) was killed by SIGKILL\n")
 
 
-def test_all_workers_killed_at_once_end_the_guest_in_one_line(old: tuple[str, ...], devices: list[str]) -> None:
+def test_a_worker_that_is_killed_has_a_successor_there_too(old: tuple[str, ...], devices: list[str]) -> None:
     with prompt(*devices, prefix=old) as launched:
+        before = launched.workers()
+        for pid in before.values():
+            os.kill(pid, signal.SIGKILL)
+        launched.err.wait_for("started again", times=len(before))
+        launched.command("blk crc")
+        launched.command("rng read 16")
+        launched.send("poweroff\n")
+        code, out, err = launched.end()
+
+    assert code == 0
+    assert "16 bytes" in out and "blk crc" in out
+    assert sorted(re.findall(r"worker \w+ \(pid (\d+)\) was killed by SIGKILL", err)) == sorted(
+        map(str, before.values())
+    )
+
+
+def test_all_workers_killed_at_once_end_the_guest_in_one_line(old: tuple[str, ...], devices: list[str]) -> None:
+    with prompt(*devices, "--on-crash", "stop", prefix=old) as launched:
         for pid in launched.workers().values():
             os.kill(pid, signal.SIGKILL)
         code, _out, err = launched.end()
@@ -144,7 +162,8 @@ def test_the_ends_of_workers_are_heard_of_by_a_launcher_whose_parent_ignored_the
         "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); "
         "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD]); os.execv(sys.argv[1], sys.argv[1:])"
     )
-    with prompt(*devices, prefix=(sys.executable, "-c", program, *old_kernel.PREFIX)) as launched:
+    before = sys.executable, "-c", program, *old_kernel.PREFIX
+    with prompt(*devices, "--on-crash", "stop", prefix=before) as launched:
         pid = launched.workers()["vda"]
         os.kill(pid, signal.SIGKILL)
         code, _out, err = launched.end()
