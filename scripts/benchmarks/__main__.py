@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import footprint
 import guestcpu
 import network
+import restart
 import ring
 import roundtrip
 import startup
@@ -57,7 +58,12 @@ def measure_ring(report: Report, options: argparse.Namespace) -> None:
     report.section("ring", "A disk request in the worker (three descriptors), without messages").update(numbers)
     report.line(f"  {'os.preadv of 4 KiB by itself':<48}{numbers['bare']:>8.0f} ns")
     report.line(f"  {'ring: take a request and give it back':<48}{numbers['ring']:>8.0f} ns")
+    report.line(f"  {'  without a record of it in flight':<48}{numbers['ring, unrecorded']:>8.0f} ns")
+    report.line(f"  {'  what the record costs':<48}{numbers['recording']:>8.0f} ns")
     report.line(f"  {'whole request with its 4 KiB read':<48}{numbers['request']:>8.0f} ns")
+    report.line(f"  {'  without a record of it in flight':<48}{numbers['request, unrecorded']:>8.0f} ns")
+    report.line(f"  {'  without counting it':<48}{numbers['request, uncounted']:>8.0f} ns")
+    report.line(f"  {'  what counting costs':<48}{numbers['counting']:>8.0f} ns")
     report.line(f"  {'whole request / bare read':<48}{numbers['ratio']:>8.2f}")
 
 
@@ -74,6 +80,21 @@ def measure_round_trip(report: Report, options: argparse.Namespace) -> None:
                 "4 KiB read": "block worker, request with a 4 KiB read",
             },
         )
+
+
+def measure_restart(report: Report, options: argparse.Namespace) -> None:
+    """How long a disk is without a worker when that is killed."""
+    report.samples(
+        "restart",
+        "A killed block worker's successor, from the SIGKILL",
+        restart.measure(10 if options.quick else 100),
+        {
+            "noticed": "the launcher knows of the end",
+            "exec": "the successor's exec is done",
+            "READY": "the successor is READY",
+            "answer": "the launcher hears of its first answer",
+        },
+    )
 
 
 def measure_start(report: Report, options: argparse.Namespace) -> None:
@@ -149,6 +170,7 @@ def measure_network(report: Report, options: argparse.Namespace) -> None:
 _PARTS: dict[str, Callable[[Report, argparse.Namespace], None]] = {
     "ring": measure_ring,
     "round-trip": measure_round_trip,
+    "restart": measure_restart,
     "start": measure_start,
     "memory": measure_memory,
     "boot": measure_boot,

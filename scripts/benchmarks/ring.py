@@ -5,6 +5,11 @@ taking it from the available ring and adding it to the used ring; "request" is t
 serves it, read and status included; "bare" is os.preadv alone, of the same pieces of the same file into the same pages.
 The pieces and the pages lie at random over 64 MiB each, as a guest's do, all of them in the page cache.
 
+"ring" and "request" are measured as they are, and without the record of requests in flight; "request" also without
+counting what is done. The kinds take turns, batch by batch. What is "without" is lgmp's own code, compiled from its
+source without the statements that store to the record or look at it (see without.py): such a ring could not go on where
+another was killed, nor find a descriptor that is made available twice; for the rest it does the same.
+
 `python scripts/benchmarks/ring.py` prints it as JSON, in nanoseconds; nothing in it decides anything.
 """
 
@@ -15,16 +20,19 @@ import os
 import random
 import struct
 import tempfile
+from collections.abc import Callable
 from statistics import median
 from time import perf_counter_ns
 
+from without import without
+
 from lgmp.control import ControlPage
-from lgmp.memory import GuestMemory
+from lgmp.memory import PAGE_SIZE, GuestMemory
 from lgmp.virtio.block import VIRTIO_BLK_T_IN
 from lgmp.virtio.ids import VIRTQUEUE_NUM, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE
 from lgmp.virtio.ring import Virtqueue, VringLayout
 from workers.block import Block
-from workers.device import BATCH
+from workers.device import BATCH, RequestDevice
 
 DISK_BYTES = 64 << 20
 RAM_BYTES = 65 << 20
@@ -44,6 +52,54 @@ class _Nobody:
         """Nothing to do."""
 
 
+# What keeps the record: the statements that have these names in them, and the check for a chain that is in flight.
+_RECORDING = {"pop": ("_inflight", "_counters", "_counter"), "push": ("_inflight", "header")}
+_COUNTING = ("statistics", "total")
+
+
+def _take_and_give_back(queue: Virtqueue) -> int:
+    """Nanoseconds for BATCH requests that are taken and given back."""
+    pop = queue.pop
+    push = queue.push
+    start = perf_counter_ns()
+    for _ in range(BATCH):
+        chain = pop()
+        assert chain is not None
+        push(chain[0], READ_BYTES + 1)
+    return perf_counter_ns() - start
+
+
+class _Side:
+    """A ring, and a disk that serves it: one of those that are compared.
+
+    All code that they run is compiled for each of them anew. Python fits code to what it has seen there, and none is to
+    have seen the others.
+    """
+
+    def __init__(self, memory: GuestMemory, file: int, number: int, *, records: bool, counts: bool) -> None:
+        """`number`: which ring of the guest it is."""
+        ring_bytes = -(-VringLayout.legacy_bytes(VIRTQUEUE_NUM) // PAGE_SIZE) * PAGE_SIZE
+        self.layout = VringLayout.legacy(VIRTQUEUE_NUM, RAM_BYTES + number * ring_bytes)
+        control = ControlPage.create([VIRTQUEUE_NUM])
+        methods = {
+            name: without(getattr(Virtqueue, name), *(() if records else names)) for name, names in _RECORDING.items()
+        }
+        ring: type[Virtqueue] = type("Ring", (Virtqueue,), {"__slots__": (), **methods})
+        disk: type[Block] = type(
+            "Disk",
+            (Block,),
+            {
+                "serve": without(RequestDevice.serve, *(() if counts else _COUNTING)),
+                "handle": without(Block.handle),
+            },
+        )
+        self.queue = ring(memory, self.layout, name="bench", inflight=control.inflight[0])
+        self.block = disk(file, size=DISK_BYTES, serial="bench")
+        self.block.attach([self.queue], _Nobody(), statistics=control.statistics, state=control.state)
+        self.take_and_give_back = without(_take_and_give_back)
+        self.avail = 0
+
+
 class _Bench:
     """A disk of random bytes, a guest that reads it at random, and the clock."""
 
@@ -53,16 +109,16 @@ class _Bench:
         self.memory = GuestMemory.create(RAM_BYTES)
         for page in range(0, self.memory.limit, READ_BYTES):
             self.memory.view[page] = 1  # or the first round pays for the page faults of all
-        self.layout = VringLayout.legacy(VIRTQUEUE_NUM, RAM_BYTES)
-        self.memory.view[self.layout.desc :] = bytes(self.memory.limit - self.layout.desc)
-        self.position = ControlPage.create().position(0)
-        self.queue = Virtqueue(self.memory, self.layout, name="bench", position=self.position)
-        self.block = Block(file, size=DISK_BYTES, serial="bench")
-        self.block.attach([self.queue], _Nobody())
-        self.avail = 0
+        self.memory.view[RAM_BYTES:] = bytes(self.memory.limit - RAM_BYTES)
+        self.whole = _Side(self.memory, file, 0, records=True, counts=True)
+        self.unrecorded = _Side(self.memory, file, 1, records=False, counts=True)
+        self.uncounted = _Side(self.memory, file, 2, records=True, counts=False)
 
-    def offer_batch(self) -> list[tuple[list[memoryview], int]]:
-        """Put BATCH reads into the ring, side by side as a driver's free list has them; gives them as for os.preadv."""
+    def offer_batch(self, side: _Side, publish: bool = True) -> list[tuple[list[memoryview], int]]:
+        """Put BATCH reads into a ring, side by side as a driver's free list has them; gives them as for os.preadv.
+
+        `publish`: whether they are for the device as well.
+        """
         view = self.memory.view
         pieces = []
         for number in range(BATCH):
@@ -77,39 +133,33 @@ class _Bench:
                 (header + 16, 1, VRING_DESC_F_WRITE, 0),
             )
             for index, descriptor in enumerate(chain):
-                struct.pack_into("<QIHH", view, self.layout.desc + 16 * (head + index), *descriptor)
-            slot = self.layout.avail + 4 + 2 * (self.avail % VIRTQUEUE_NUM)
+                struct.pack_into("<QIHH", view, side.layout.desc + 16 * (head + index), *descriptor)
+            slot = side.layout.avail + 4 + 2 * ((side.avail + number) % VIRTQUEUE_NUM)
             struct.pack_into("<H", view, slot, head)
-            self.avail = (self.avail + 1) & 0xFFFF
             pieces.append(([view[page : page + READ_BYTES]], offset))
-        struct.pack_into("<H", view, self.layout.avail + 2, self.avail)
+        if publish:
+            side.avail = (side.avail + BATCH) & 0xFFFF
+            struct.pack_into("<H", view, side.layout.avail + 2, side.avail)
         return pieces
 
-    def ring(self) -> int:
+    def ring(self, side: _Side) -> int:
         """Nanoseconds for BATCH requests that are taken and given back."""
-        self.offer_batch()
-        pop = self.queue.pop
-        push = self.queue.push
-        start = perf_counter_ns()
-        for _ in range(BATCH):
-            chain = pop()
-            assert chain is not None
-            push(chain[0], READ_BYTES + 1)
-        return perf_counter_ns() - start
+        self.offer_batch(side)
+        elapsed: int = side.take_and_give_back(side.queue)
+        return elapsed
 
-    def request(self) -> int:
+    def request(self, side: _Side) -> int:
         """Nanoseconds for BATCH requests that are served."""
-        pieces = self.offer_batch()
+        pieces = self.offer_batch(side)
         start = perf_counter_ns()
-        self.block.serve()
+        side.block.serve()
         elapsed = perf_counter_ns() - start
         assert bytes(pieces[-1][0][0][:64]) == os.pread(self.file, 64, pieces[-1][1])
         return elapsed
 
     def bare(self) -> int:
         """Nanoseconds for the reads of BATCH requests by themselves."""
-        pieces = self.offer_batch()
-        self.position[0] = self.avail  # they are not for the device
+        pieces = self.offer_batch(self.whole, publish=False)
         preadv = os.preadv
         file = self.file
         start = perf_counter_ns()
@@ -119,28 +169,43 @@ class _Bench:
 
 
 def measure(rounds: int = 15, batches: int = 100) -> dict[str, float]:
-    """Cost per request in nanoseconds: `bare`, `ring`, `request`, and `ratio` = request / bare.
+    """Cost per request in nanoseconds by kind, and `ratio` = request / bare.
 
-    Each is the median of `rounds` rounds of `batches` batches of 32 requests, the three kinds in turn.
+    Kinds are `bare`, `ring`, `request`, the latter two "unrecorded" as well, and "request, uncounted". Each is the
+    median of `rounds` rounds; a round is the median of `batches` batches of 32 requests, the kinds in turn. `recording`
+    and `counting` are what those cost a request: the medians of the differences round by round.
     """
     with tempfile.TemporaryFile() as file:
         for _ in range(DISK_BYTES >> 20):
             file.write(os.urandom(1 << 20))
         file.flush()
         bench = _Bench(file.fileno(), seed=1)
-        kinds = {"bare": bench.bare, "ring": bench.ring, "request": bench.request}
+        kinds: dict[str, Callable[[], int]] = {
+            "bare": bench.bare,
+            "ring": lambda: bench.ring(bench.whole),
+            "ring, unrecorded": lambda: bench.ring(bench.unrecorded),
+            "request": lambda: bench.request(bench.whole),
+            "request, unrecorded": lambda: bench.request(bench.unrecorded),
+            "request, uncounted": lambda: bench.request(bench.uncounted),
+        }
         costs: dict[str, list[float]] = {kind: [] for kind in kinds}
         for number in range(rounds + 1):
-            totals = dict.fromkeys(kinds, 0)
+            measured: dict[str, list[int]] = {kind: [] for kind in kinds}
             for _ in range(batches):
                 for kind, run in kinds.items():
-                    totals[kind] += run()
+                    measured[kind].append(run())
             if number:  # the first round warms up
-                for kind, total in totals.items():
-                    costs[kind].append(total / batches / BATCH)
+                for kind, values in measured.items():
+                    costs[kind].append(median(values) / BATCH)
     result = {kind: round(median(cost), 1) for kind, cost in costs.items()}
+    result["recording"] = _difference(costs, "ring", "ring, unrecorded")
+    result["counting"] = _difference(costs, "request", "request, uncounted")
     result["ratio"] = round(median(a / b for a, b in zip(costs["request"], costs["bare"], strict=True)), 2)
     return result
+
+
+def _difference(costs: dict[str, list[float]], more: str, less: str) -> float:
+    return round(median(a - b for a, b in zip(costs[more], costs[less], strict=True)), 1)
 
 
 if __name__ == "__main__":

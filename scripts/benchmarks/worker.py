@@ -48,7 +48,7 @@ class StartedWorker:
         # The heads of the rings, as u16: flags, index. Stored in one piece, for the worker may look at any time.
         self.avail = [self.memory.view[layout.avail :][:4].cast("H") for layout in self.layouts]
         self.used = [self.memory.view[layout.used :][:4].cast("H") for layout in self.layouts]
-        self._control = ControlPage.create()
+        self._control = ControlPage.create([VIRTQUEUE_NUM] * queues)
         self._control.accepted_features = features
         self._mailbox = Mailbox.create(queue_name(os.getpid(), "bench"), MAILBOX_MESSAGES, MAILBOX_MESSAGE_BYTES)
         self._completions = Mailbox.create(
