@@ -8,7 +8,7 @@ The keys of a guest: `name`, `pid`, `kernel` (its path), `memory_bytes`, `host`,
 
 - `name`, `kind` ("block", "net" ...) and `details` of its device: what it stands on, as --verbose has it;
 - `pid`, None where no process serves the device just now; `state`, a word of `supervisor.WorkerState`; `restarts`;
-- `broken`: whether the device is out of order, because of its driver or its worker; `error`: the last thing that went wrong;
+- `broken`: whether the device is out of order, by its driver or its worker; `error`: the last thing that went wrong;
 - `bytes_in` (given to the guest), `bytes_out` (taken from it), `kicks`, `interrupts`, `errors`: counts from the start;
 - `queues`, and of each `num` (descriptors), `next_avail` and `next_used` (both modulo 65536), `in_flight`, `requests`.
 """

@@ -222,6 +222,21 @@ class Mailbox:
         self._queue.close()
 
 
+def create_pair(what: str, polled: bool = False) -> tuple[Mailbox, Mailbox]:
+    """The queues of a worker that this process is about to start: its mailbox, named for `what`, and its completions.
+
+    Raises LgmpError, and then there is neither.
+    """
+    name = queue_name(os.getpid(), what)
+    mailbox = Mailbox.create(name, MAILBOX_MESSAGES, MAILBOX_MESSAGE_BYTES, polled)
+    try:
+        return mailbox, Mailbox.create(f"{name}.done", COMPLETION_MESSAGES, COMPLETION_MESSAGE_BYTES, polled)
+    except LgmpError:
+        mailbox.unlink()
+        mailbox.close()
+        raise
+
+
 def sweep_stale_queues(directory: str | os.PathLike[str] = MQUEUE_DIRECTORY) -> list[str]:
     """Unlink queues of launchers that are no more; gives the names it took away.
 

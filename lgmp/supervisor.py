@@ -26,18 +26,7 @@ from typing import NamedTuple, Protocol
 from lgmp.bus import BusDevice
 from lgmp.control import INTERRUPTS, ControlPage
 from lgmp.errors import LgmpError
-from lgmp.mailbox import (
-    COMPLETION_MESSAGE_BYTES,
-    COMPLETION_MESSAGES,
-    MAILBOX_MESSAGE_BYTES,
-    MAILBOX_MESSAGES,
-    Mailbox,
-    ToLauncher,
-    ToWorker,
-    pack,
-    queue_name,
-    unpack,
-)
+from lgmp.mailbox import Mailbox, ToLauncher, ToWorker, create_pair, pack, unpack
 from lgmp.memory import GuestMemory
 from lgmp.tracing import wire
 from lgmp.virtio.ring import VringLayout
@@ -314,16 +303,13 @@ class Supervisor:
 
     def _spawn(self, worker: Worker) -> None:
         """Start a process for a worker that has none. Raises LgmpError, with nothing changed."""
-        name = queue_name(os.getpid(), worker.device.name)
         # Held throughout: a reset finds either that there is no process, or this one, which may read `live` as soon as
         # it is there.
         with worker.lock, contextlib.ExitStack() as undo:
-            mailbox = Mailbox.create(name, MAILBOX_MESSAGES, MAILBOX_MESSAGE_BYTES, polled=True)
-            undo.callback(mailbox.close)
-            undo.callback(mailbox.unlink)
-            completions = Mailbox.create(f"{name}.done", COMPLETION_MESSAGES, COMPLETION_MESSAGE_BYTES, polled=True)
-            undo.callback(completions.close)
-            undo.callback(completions.unlink)
+            mailbox, completions = create_pair(worker.device.name, polled=True)
+            for queue in (mailbox, completions):
+                undo.callback(queue.close)
+                undo.callback(queue.unlink)
             process = self._exec(worker, mailbox, completions)
             undo.callback(process.wait)
             undo.callback(process.kill)

@@ -34,8 +34,6 @@ TYPE_CHECKING = False  # as typing's, which is costly to import in a worker
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from lgmp.virtio.ring import Virtqueue
-    from workers.device import Notifier
     from workers.runtime import Options
 
 INTERRUPT_KEY = b"\x03"
@@ -133,16 +131,8 @@ class Console(Device):
         first = self._held[start : start + count]
         return [first, self._held[: count - len(first)]] if len(first) < count else [first]
 
-    def attach(
-        self,
-        queues: Sequence[Virtqueue],
-        notifier: Notifier,
-        *,
-        statistics: memoryview | None = None,
-        state: memoryview | None = None,
-    ) -> None:
-        """As every device; what a predecessor held of the input is there again, whether or not a driver is."""
-        super().attach(queues, notifier, statistics=statistics, state=state)
+    def take_over(self) -> None:
+        """What a predecessor held of the input is there again, whether or not a driver is."""
         self._look_at_state()
         if self._words[_FLAGS] & _INPUT_ENDED:
             self._end_input()

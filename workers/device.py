@@ -113,6 +113,10 @@ class Device:
             self.statistics = statistics
         if state is not None:
             self.state = state
+        self.take_over()
+
+    def take_over(self) -> None:
+        """`state` is there now: mind what a predecessor has left in it, whether or not a driver is at work."""
 
     def resume(self) -> None:
         """Go on in the place of a process that was killed, as `state` tells; before the first `serve`.

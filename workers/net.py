@@ -38,8 +38,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Protocol
 
-    from lgmp.virtio.ring import Virtqueue
-    from workers.device import Notifier
     from workers.runtime import Options
 
     class Link(Protocol):
@@ -502,16 +500,8 @@ class Net(Device):
         self._waiting: tuple[int, list[memoryview], int] | None = None  # a frame that the link does not take yet
         self._blocked = False
 
-    def attach(
-        self,
-        queues: Sequence[Virtqueue],
-        notifier: Notifier,
-        *,
-        statistics: memoryview | None = None,
-        state: memoryview | None = None,
-    ) -> None:
-        """As every device; the link goes on where a predecessor's did, whether or not there is a driver."""
-        super().attach(queues, notifier, statistics=statistics, state=state)
+    def take_over(self) -> None:
+        """The link goes on where a predecessor's did, whether or not there is a driver."""
         words = self.state[:_STATE_BYTES].cast("Q")
         self._words = words
         self._open = not words[_GONE]

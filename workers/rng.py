@@ -22,8 +22,6 @@ TYPE_CHECKING = False  # as typing's, which is costly to import in a worker
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from lgmp.virtio.ring import Virtqueue
-    from workers.device import Notifier
     from workers.runtime import Options
 
 # A buffer is given this many bytes at most: a read of the kernel's generator is not to keep messages waiting.
@@ -49,16 +47,8 @@ class Rng(Device):
         self._live = False
         self._buffer: tuple[int, list[memoryview]] | None = None  # a buffer taken from the guest, still empty
 
-    def attach(
-        self,
-        queues: Sequence[Virtqueue],
-        notifier: Notifier,
-        *,
-        statistics: memoryview | None = None,
-        state: memoryview | None = None,
-    ) -> None:
-        """As every device; a source that has ended for a predecessor is not tried again."""
-        super().attach(queues, notifier, statistics=statistics, state=state)
+    def take_over(self) -> None:
+        """A source that has ended for a predecessor is not tried again."""
         if self.state[_ENDED]:
             self._open = False
 

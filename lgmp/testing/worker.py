@@ -20,18 +20,7 @@ from time import monotonic
 from types import TracebackType
 from typing import Self
 
-from lgmp.mailbox import (
-    COMPLETION_MESSAGE_BYTES,
-    COMPLETION_MESSAGES,
-    MAILBOX_MESSAGE_BYTES,
-    MAILBOX_MESSAGES,
-    Mailbox,
-    ToLauncher,
-    ToWorker,
-    pack,
-    queue_name,
-    unpack,
-)
+from lgmp.mailbox import Mailbox, ToLauncher, ToWorker, create_pair, pack, unpack
 from lgmp.testing.driver import FEATURES, PATIENCE, Driver, Unexpected, Used
 
 # The index of the device, as in its messages.
@@ -86,11 +75,8 @@ class WorkerProcess:
     def _start(self) -> None:
         with contextlib.ExitStack() as undo:
             unique = f"{self.name}-{next(_numbers)}"
-            self.mailbox = Mailbox.create(queue_name(os.getpid(), unique), MAILBOX_MESSAGES, MAILBOX_MESSAGE_BYTES)
+            self.mailbox, self.completions = create_pair(unique)
             undo.callback(_let_go, self.mailbox)
-            self.completions = Mailbox.create(
-                queue_name(os.getpid(), f"{unique}.done"), COMPLETION_MESSAGES, COMPLETION_MESSAGE_BYTES
-            )
             undo.callback(_let_go, self.completions)
             driver = self.driver
             options = self.options

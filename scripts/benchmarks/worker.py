@@ -12,18 +12,7 @@ from types import TracebackType
 from typing import Self
 
 from lgmp.control import ControlPage
-from lgmp.mailbox import (
-    COMPLETION_MESSAGE_BYTES,
-    COMPLETION_MESSAGES,
-    MAILBOX_MESSAGE_BYTES,
-    MAILBOX_MESSAGES,
-    Mailbox,
-    ToLauncher,
-    ToWorker,
-    pack,
-    queue_name,
-    unpack,
-)
+from lgmp.mailbox import ToLauncher, ToWorker, create_pair, pack, unpack
 from lgmp.memory import PAGE_SIZE, GuestMemory
 from lgmp.virtio.ids import VIRTQUEUE_NUM, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE
 from lgmp.virtio.ring import VringLayout
@@ -50,10 +39,7 @@ class StartedWorker:
         self.used = [self.memory.view[layout.used :][:4].cast("H") for layout in self.layouts]
         self._control = ControlPage.create([VIRTQUEUE_NUM] * queues)
         self._control.accepted_features = features
-        self._mailbox = Mailbox.create(queue_name(os.getpid(), "bench"), MAILBOX_MESSAGES, MAILBOX_MESSAGE_BYTES)
-        self._completions = Mailbox.create(
-            queue_name(os.getpid(), "bench-done"), COMPLETION_MESSAGES, COMPLETION_MESSAGE_BYTES
-        )
+        self._mailbox, self._completions = create_pair("bench")
         self._kick = pack(ToWorker.KICK)
         command = [
             *(sys.executable, "-P", "-m", module),

@@ -17,14 +17,12 @@ from lgmp.bus import LguestBus
 from lgmp.errors import LgmpError
 from lgmp.mailbox import (
     COMPLETION_MESSAGE_BYTES,
-    COMPLETION_MESSAGES,
     MAILBOX_MESSAGE_BYTES,
     MAILBOX_MESSAGES,
-    Mailbox,
     ToLauncher,
     ToWorker,
+    create_pair,
     pack,
-    queue_name,
     unpack,
 )
 from lgmp.memory import GuestMemory
@@ -111,9 +109,7 @@ class FuzzedMailbox(_Messages):
         with contextlib.ExitStack() as stack:
             driver = Driver(ram=0x10000)
             stack.callback(driver.close)
-            names = [queue_name(os.getpid(), name) for name in ("fuzz", "fuzz.done")]
-            mailbox = Mailbox.create(names[0], MAILBOX_MESSAGES, MAILBOX_MESSAGE_BYTES)
-            self._completions = Mailbox.create(names[1], COMPLETION_MESSAGES, COMPLETION_MESSAGE_BYTES)
+            mailbox, self._completions = create_pair("fuzz")
             for queue in (mailbox, self._completions):
                 stack.callback(queue.close)
                 stack.callback(queue.unlink)
@@ -123,7 +119,7 @@ class FuzzedMailbox(_Messages):
             arguments = [
                 *("--name", "vda", "--device", "0", "--memory-fd", str(os.dup(driver.memory.fd))),
                 *("--ram", str(driver.memory.ram_bytes), "--control-fd", str(os.dup(driver.control.fd))),
-                *("--mailbox", names[0], "--completions", names[1], "--trace-fd", str(end.fileno())),
+                *("--mailbox", mailbox.name, "--completions", self._completions.name, "--trace-fd", str(end.fileno())),
                 *("--launcher", str(os.getppid()), "--queue", str(driver.layouts[0])),
             ]
             self._worker = Worker(Options(arguments, {}), Device())
