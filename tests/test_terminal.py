@@ -55,6 +55,17 @@ def test_restoring_gives_back_every_mode_any_number_of_times(terminal: int) -> N
     assert termios.tcgetattr(terminal) == before
 
 
+def test_a_terminal_that_was_restored_meanwhile_goes_raw_again_and_has_its_old_modes_back(terminal: int) -> None:
+    before = termios.tcgetattr(terminal)
+    raw = RawTerminal.enter(terminal)
+    assert raw
+    raw.restore()
+    raw.enter_again()
+    assert not termios.tcgetattr(terminal)[LFLAG] & RAW
+    raw.restore()
+    assert termios.tcgetattr(terminal) == before
+
+
 def test_another_process_can_restore_from_the_argument(terminal: int) -> None:
     before = termios.tcgetattr(terminal)
     raw = RawTerminal.enter(terminal)

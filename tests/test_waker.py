@@ -166,3 +166,41 @@ def test_what_a_handler_raises_is_raised_when_it_is_closed(waker: Waker) -> None
 
     with pytest.raises(ZeroDivisionError):
         waker.close()
+
+
+def test_what_is_to_be_called_later_is_called_in_its_turn_and_in_the_wakers_thread(waker: Waker) -> None:
+    calls = Calls()
+    waker.call_later(0.5, lambda: calls(2))
+    waker.call_later(0, lambda: calls(0))
+    waker.start()
+    waker.call_later(0, lambda: calls(1))
+    calls.wait_for(3)
+    waker.close()
+
+    assert calls.numbers == [0, 1, 2]
+    assert calls.threads == {"lgmp-waker"}
+
+
+def test_what_is_called_later_may_ask_for_more(waker: Waker) -> None:
+    calls = Calls()
+
+    def again() -> None:
+        calls(1)
+        if len(calls.numbers) < 5:
+            waker.call_later(0, again)
+
+    waker.start()
+    waker.call_later(0, again)
+    calls.wait_for(5)
+    waker.close()
+
+    assert calls.numbers == [1] * 5
+
+
+def test_what_is_not_due_when_the_waker_is_closed_is_never_called(waker: Waker) -> None:
+    calls = Calls()
+    waker.start()
+    waker.call_later(1000, lambda: calls(1))
+    waker.close()
+
+    assert calls.numbers == []
