@@ -26,6 +26,7 @@ import msgpack
 
 from lgmp.errors import LgmpError
 from lgmp.guest_status import is_status
+from lgmp.mailbox import unlink_queues_of
 from lgmp.runtime_directory import RuntimeDirectory
 from lgmp.waker import Waker
 
@@ -390,7 +391,8 @@ def _nonsense(pid: int) -> str:
 def connect(directory: RuntimeDirectory, name: str, pid: int) -> Connection | None:
     """Connect to the socket `name` of the launcher `pid`; None where it is gone, or not to be trusted.
 
-    A socket that no process has any more is taken away. Raises LgmpError where the launcher takes no connection.
+    A socket that no process has any more is taken away, with what names of queues its launcher has left. Raises
+    LgmpError where the launcher takes no connection.
     """
     connected = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     connected.setblocking(False)
@@ -405,6 +407,8 @@ def connect(directory: RuntimeDirectory, name: str, pid: int) -> Connection | No
         if directory.is_socket(name):
             with contextlib.suppress(OSError):
                 directory.unlink(name)
+            if not os.path.exists(f"/proc/{pid}"):
+                unlink_queues_of(pid)
     except OSError:
         pass  # it is gone, or none of ours
     connected.close()

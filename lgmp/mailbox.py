@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 MQUEUE_DIRECTORY = "/dev/mqueue"
 NAME_PREFIX = "lgmp."
 
+# A device has a virtqueue at least, and a bus at most so many.
+_MOST_DEVICES = 31
+
 # RLIMIT_MSGQUEUE is 800 KiB a user and fs.mqueue.msg_max 10 messages a queue: both stay small.
 MAILBOX_MESSAGES = 8
 MAILBOX_MESSAGE_BYTES = 64
@@ -134,6 +137,7 @@ class Mailbox:
             except posix_ipc.ExistentialError:
                 posix_ipc.unlink_message_queue(name)
                 queue = posix_ipc.MessageQueue(name, posix_ipc.O_CREX, **options)
+            os.fchmod(queue.mqd, options["mode"])  # whatever the umask has left of it
         except (OSError, MemoryError, ValueError, posix_ipc.Error) as error:
             raise LgmpError(
                 f"cannot make the message queue {name}: {error}; see `ulimit -q` and /proc/sys/fs/mqueue"
@@ -240,8 +244,8 @@ def create_pair(what: str, polled: bool = False) -> tuple[Mailbox, Mailbox]:
 def sweep_stale_queues(directory: str | os.PathLike[str] = MQUEUE_DIRECTORY) -> list[str]:
     """Unlink queues of launchers that are no more; gives the names it took away.
 
-    It sees them only where the kernel's queue file system is mounted on `directory` (it is, on systemd systems).
-    Queues that belong to another user are left alone.
+    It sees them only where the kernel's queue file system is mounted on `directory` (it is, on systemd systems); who
+    knows the process id of such a launcher has `unlink_queues_of`. Queues that belong to another user are left alone.
     """
     swept: list[str] = []
     try:
@@ -257,3 +261,17 @@ def sweep_stale_queues(directory: str | os.PathLike[str] = MQUEUE_DIRECTORY) -> 
         if unlink("/" + name):
             swept.append(name)
     return swept
+
+
+def unlink_queues_of(launcher_pid: int) -> None:
+    """Unlink what a launcher that is no more may have left, by the names that devices of lgmp's own have.
+
+    It and its workers were all killed at once while those started: later the queues have no names.
+    """
+    numbers = range(_MOST_DEVICES)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    disks = [*(f"vd{letter}" for letter in letters), *(f"vda{letter}" for letter in letters)][:_MOST_DEVICES]
+    for device in ("console", *disks, *(f"{kind}{number}" for kind in ("eth", "rng") for number in numbers)):
+        name = queue_name(launcher_pid, device)
+        unlink(name)
+        unlink(f"{name}.done")

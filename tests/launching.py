@@ -121,7 +121,7 @@ def _sweep_socket(path: str) -> None:
     """Take a socket away as the next launch would, if that would."""
     directory, name = os.path.split(path)
     with RuntimeDirectory(directory) as opened:
-        connect(opened, name, 0)
+        connect(opened, name, int(name.partition(".")[0]))
 
 
 class Stream:
@@ -257,7 +257,7 @@ class Launch:
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
         for path in open_sockets(self.session, self._env):
-            os.unlink(path)  # of one that was killed just now
+            _sweep_socket(path)  # of one that was killed just now
         for stream, file in ((self._out, self.process.stdout), (self._err, self.process.stderr)):
             if file is not None and stream is not None:
                 stream.join()

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import msgpack
 import pytest
-from launching import LGMP, Launch, launch, open_sockets, prompt, run, wait_until
+from launching import LGMP, Launch, launch, make_disk, open_queues, open_sockets, prompt, run, wait_until
 
 from lgmp.control_socket import (
     MAX_ANSWER_BYTES,
@@ -477,8 +477,11 @@ def test_sockets_that_were_never_finished_are_swept_and_nothing_else_is(director
 
 
 def test_a_launcher_killed_at_any_moment_of_its_start_leaves_nothing_that_is_not_swept(directory: Path) -> None:
+    disk = make_disk(directory.parent.parent / "disk.img")
+    killed = []
     for step in range(12):
-        with launch("quiet") as launched:
+        with launch("quiet", "--block", str(disk), "--rng") as launched:
+            killed.append(launched.pid)
             wait_until(directory.exists, "the directory")
             for _ in range(step * 5):
                 os.listdir(directory)
@@ -489,6 +492,7 @@ def test_a_launcher_killed_at_any_moment_of_its_start_leaves_nothing_that_is_not
 
     assert run("quiet poweroff")[0] == 0
     assert not directory.exists()
+    assert [name for pid in killed for name in open_queues(pid, ("vda", "rng0", "console"))] == []
 
 
 # Who does not answer

@@ -21,7 +21,7 @@ from lgmp import errors
 from lgmp.confinement import Confinement
 from lgmp.control import KICKS, ControlPage
 from lgmp.errors import LgmpError, say
-from lgmp.mailbox import COMPLETION_MESSAGE_BYTES, Mailbox, ToLauncher, ToWorker, pack, unlink, unpack
+from lgmp.mailbox import COMPLETION_MESSAGE_BYTES, Mailbox, ToLauncher, ToWorker, pack, unlink, unlink_queues_of, unpack
 from lgmp.memory import GuestMemory
 from lgmp.title import set_title
 from lgmp.virtio.ring import RingError, Virtqueue, VringLayout
@@ -417,6 +417,8 @@ def _run(kind: str, make: Callable[[Options], Device], own: dict[str, str]) -> i
         if options and os.getppid() != options.launcher:
             unlink(options.mailbox)
             unlink(options.completions)
+            # Others may have been killed before they could. In this order: who finds the socket looks for the queues.
+            unlink_queues_of(options.launcher)
             if options.control_socket is not None:
                 try:  # noqa: SIM105  contextlib is costly to import
                     os.unlink(options.control_socket)
