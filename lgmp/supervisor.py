@@ -621,7 +621,7 @@ class Supervisor:
         end = _End.EXIT if code >= 0 else _End.CRASH if was_ready and -code not in _KILLS else _End.KILL
         pause = self._pause(worker, end)
         if pause is None:
-            self._give_up(worker, why)
+            self._give_up(worker, f"{why}; it keeps ending")
         elif pause:
             worker.state = WorkerState.WAITING
             self._waker.call_later(pause, lambda: self._start_again(worker, why))
@@ -646,7 +646,7 @@ class Supervisor:
     def _give_up(self, worker: Worker, why: str) -> None:
         """Leave a device without a worker. Its rings stay as they are, for `restart`."""
         worker.state = WorkerState.GIVEN_UP
-        worker.error = f"{why}; it keeps ending, and is given up"
+        worker.error = f"{why}, and is given up"
         self._listener.broken(worker, worker.error)
 
     def _start_again(self, worker: Worker, why: str) -> None:
@@ -657,8 +657,8 @@ class Supervisor:
         try:
             worker.specification.before_restart()
             self._spawn(worker)
-        except LgmpError as error:
-            self._give_up(worker, f"{why}, and {error}")
+        except (LgmpError, OSError) as error:
+            self._give_up(worker, f"{why}; it has no successor ({error})")
             return
         with worker.lock:
             if worker.resetting:

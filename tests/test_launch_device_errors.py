@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 from pathlib import Path
@@ -224,6 +225,25 @@ def test_a_device_that_was_given_up_goes_on_where_it_was_when_its_worker_is_rest
         "status 42: 47 needs reset",
         "status 42: 07",
     ]
+
+
+def test_a_worker_that_can_have_no_successor_is_given_up_until_it_can(disk: tuple[str, str]) -> None:
+    with prompt(*disk) as launched:
+        limits = resource.prlimit(launched.pid, resource.RLIMIT_NOFILE)
+        highest = max(map(int, os.listdir(f"/proc/{launched.pid}/fd")))
+        # There is room for a few where others were closed, but not for all that a process needs.
+        resource.prlimit(launched.pid, resource.RLIMIT_NOFILE, (highest + 1, limits[1]))
+        os.kill(launched.workers()["vda"], signal.SIGKILL)
+        launched.err.wait_for("is given up")
+        resource.prlimit(launched.pid, resource.RLIMIT_NOFILE, limits)
+        subprocess.run([*LGMP, "restart-worker", "vda", str(launched.pid)], check=True)
+        launched.command("blk crc; status block0")
+        launched.send("poweroff\n")
+        code, out, err = launched.end()
+
+    assert code == 0
+    assert CONTENT + "status block0: 07\n" in out
+    assert "; it has no successor (" in err
 
 
 def test_a_device_that_fails_ends_the_guest_where_it_is_to(failing: str) -> None:
