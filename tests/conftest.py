@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from random import SystemRandom
 
 import launching
@@ -63,3 +64,12 @@ def host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         on_it = launching.Host(host_options(device, era), f"abi={GUESTS_OF[era]} ")
         monkeypatch.setattr(launching, "host", on_it)
         yield device
+
+
+@pytest.fixture
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's runtime directory for this test; guests of others who are this user are seen all the same."""
+    path = tmp_path / "run"
+    path.mkdir(mode=0o700)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(path))
+    return path / "lgmp"

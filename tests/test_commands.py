@@ -16,19 +16,10 @@ import pytest
 from launching import GUEST, HANGS_AFTER, LGMP, MEM, Launch, Terminal, host, make_disk, prompt, run, wait_until
 from old_kernel import PREFIX as OLD_KERNEL
 
-pytestmark = pytest.mark.every_host
+pytestmark = [pytest.mark.every_host, pytest.mark.usefixtures("directory")]
 
 LGUEST = (sys.executable, "-P", "-m", "lgmp.lguest_cli")
 WORK = "console lines 1000000 70"
-
-
-@pytest.fixture(autouse=True)
-def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The user's runtime directory; guests of others who are this user are seen all the same."""
-    path = tmp_path / "run"
-    path.mkdir(mode=0o700)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(path))
-    return path / "lgmp"
 
 
 @pytest.fixture

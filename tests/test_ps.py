@@ -27,14 +27,7 @@ WORKER_KEYS = {
 }
 QUEUE_KEYS = {"num", "next_avail", "next_used", "in_flight", "requests"}
 
-
-@pytest.fixture(autouse=True)
-def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The user's runtime directory; guests of others who are this user are seen all the same."""
-    path = tmp_path / "run"
-    path.mkdir(mode=0o700)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(path))
-    return path / "lgmp"
+pytestmark = pytest.mark.usefixtures("directory")
 
 
 @pytest.fixture

@@ -25,12 +25,7 @@ every_host = pytest.mark.every_host
 SECTORS = 64
 EXAMPLE = f"{Path(__file__).parent}/examples/upside_down.py:UpsideDown"
 
-
-@pytest.fixture(autouse=True)
-def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "run"
-    path.mkdir(mode=0o700)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(path))
+pytestmark = pytest.mark.usefixtures("directory")
 
 
 @pytest.fixture
@@ -259,16 +254,16 @@ def test_requests_that_were_under_way_when_it_began_are_replayed(
     assert lgmp("replay", recording) == (0, same(2, "rng0"), "")
 
 
+def start_on_stream(driver: MakeDriver, worker: StartWorker, stream: socket.socket) -> WorkerProcess:
+    """A network device's worker on a stream, with a trace socket."""
+    descriptor = stream.fileno()
+    options = ["--stream-fd", str(descriptor)]
+    return worker("workers.net", driver(queues=2), options, name="eth0", pass_fds=[descriptor], trace=True)
+
+
 def test_frames_go_in_and_come_out_again(driver: MakeDriver, worker: StartWorker, tmp_path: Path) -> None:
     ours, theirs = socket.socketpair()
-    process = worker(
-        "workers.net",
-        driver(queues=2),
-        ["--stream-fd", str(theirs.fileno())],
-        name="eth0",
-        pass_fds=[theirs.fileno()],
-        trace=True,
-    )
+    process = start_on_stream(driver, worker, theirs)
     traced = TracedWorker(process)
     for number in range(1, 40):
         direct(process.driver, HEADER_BYTES, 2000, queue=0)
@@ -328,14 +323,7 @@ def test_frames_that_nobody_has_told_of_are_passed_over(
     queue: int, driver: MakeDriver, worker: StartWorker, tmp_path: Path
 ) -> None:
     ours, theirs = socket.socketpair()
-    process = worker(
-        "workers.net",
-        driver(queues=2),
-        ["--stream-fd", str(theirs.fileno())],
-        name="eth0",
-        pass_fds=[theirs.fileno()],
-        trace=True,
-    )
+    process = start_on_stream(driver, worker, theirs)
     traced = TracedWorker(process)
     for number in range(1, 4):
         if queue:

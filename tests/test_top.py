@@ -23,11 +23,8 @@ ENTER, LEAVE, HIDE, SHOW = "\x1b[?1049h", "\x1b[?1049l", "\x1b[?25l", "\x1b[?25h
 
 
 @pytest.fixture(autouse=True)
-def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The user's runtime directory, and a terminal's name; guests of others who are this user are seen all the same."""
-    path = tmp_path / "run"
-    path.mkdir(mode=0o700)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(path))
+def surroundings(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A runtime directory of the test's own, and a terminal's name."""
     # What pyte is.
     monkeypatch.setenv("TERM", "linux")
     # As left behind by another terminal.

@@ -32,12 +32,7 @@ every_host = pytest.mark.every_host
 TIME = r"\d\d:\d\d:\d\d\.\d{6}"
 LATENCY = r"[\d.]+ (us|ms|s)"
 
-
-@pytest.fixture(autouse=True)
-def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "run"
-    path.mkdir(mode=0o700)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(path))
+pytestmark = pytest.mark.usefixtures("directory")
 
 
 @pytest.fixture
