@@ -28,6 +28,9 @@ class GuestMemory:
     against `limit` first.
     """
 
+    # Memory begins at guest-physical address 0.
+    low = 0
+
     def __init__(self, fd: int, ram_bytes: int) -> None:
         """Map an existing guest memory file.
 
@@ -69,6 +72,11 @@ class GuestMemory:
         except LgmpError:
             os.close(fd)
             raise
+
+    def pieces(self, address: int, size: int) -> list[memoryview] | None:
+        """The `size` bytes from a guest-physical address on, in one piece; None where they are not all there."""
+        end = address + size
+        return [self.view[address:end]] if address >= 0 and end <= self.limit else None
 
     def close(self) -> None:
         """Unmap the memory and close its descriptor. Views that are still held elsewhere keep the mapping alive."""

@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from enum import Enum, StrEnum
+from enum import StrEnum
 from typing import NamedTuple, Protocol
 
 from lgmp.bus import BusDevice
@@ -28,6 +28,7 @@ from lgmp.control import INTERRUPTS, ControlPage
 from lgmp.errors import LgmpError
 from lgmp.mailbox import Mailbox, ToLauncher, ToWorker, create_pair, pack, unpack
 from lgmp.memory import GuestMemory
+from lgmp.restarts import Restarts, describe_end
 from lgmp.tracing import wire
 from lgmp.virtio.ring import VringLayout
 from lgmp.waker import Waker
@@ -37,7 +38,7 @@ _RESET = pack(ToWorker.RESET)
 _STOP = pack(ToWorker.STOP)
 
 # A worker holds these back until it has said what it does about them: what the terminal sends reaches it too.
-_HELD_BACK_WHILE_STARTING = {
+HELD_BACK_WHILE_STARTING = {
     signal.SIGINT,
     signal.SIGHUP,
     signal.SIGQUIT,
@@ -47,17 +48,6 @@ _HELD_BACK_WHILE_STARTING = {
     signal.SIGTTOU,
 }
 
-
-# A worker that ends without having got anything done, so often within so many seconds, is given up: sooner where it
-# ended of itself than where somebody keeps killing it. Each time it is left alone twice as long, in seconds. An exit is
-# its own doing; a signal may be, but not before it is READY: until then it touches nothing of the guest's.
-_EXITS_AT_MOST = 5
-_CRASHES_AT_MOST = 10
-_KILLS_AT_MOST = 100
-_WITHIN = 10.0
-_FIRST_PAUSE = 0.1
-_LONGEST_PAUSE = 1.0
-_KILLS = (signal.SIGKILL, signal.SIGTERM)
 
 # How often a socket that is full of an old trace is emptied, and when a worker that takes no messages now is told again
 # of a trace, in seconds.
@@ -87,14 +77,6 @@ class WorkerState(StrEnum):
     WAITING = "waiting"  # ended, and to be started again in a moment
     GIVEN_UP = "given up"
     ENDED = "ended"
-
-
-class _End(Enum):
-    """How a worker ended."""
-
-    EXIT = 1
-    CRASH = 2  # by a signal that may be its own doing
-    KILL = 3  # by somebody
 
 
 class Incarnation:
@@ -158,10 +140,8 @@ class Worker:
         self.lock = threading.Lock()
         # Whether a reset is under way: until it is over, the rings are nobody's.
         self.resetting = False
-        # When it ended without having got anything done, and how.
-        self.futile: list[tuple[float, _End]] = []
-        # How much had been done when it was started.
-        self.done_before: tuple[int, ...] = ()
+        # What becomes of it when it ends.
+        self.history = Restarts()
 
     @property
     def process(self) -> subprocess.Popen[bytes]:
@@ -186,14 +166,7 @@ class Worker:
         """How it ended, for a person: its own last words, its exit code or its signal."""
         if self.current.failure is not None:
             return self.current.failure
-        code = self.process.returncode
-        if code is None:
-            return f"{self.title} still runs"
-        if code < 0:
-            with contextlib.suppress(ValueError):
-                return f"{self.title} was killed by {signal.Signals(-code).name}"
-            return f"{self.title} was killed by signal {-code}"
-        return f"{self.title} exited with code {code}"
+        return describe_end(self.title, self.process.returncode)
 
     def drain_trace(self) -> None:
         """Throw away what is told of its rings and not read yet, as far as that has come."""
@@ -317,7 +290,7 @@ class Supervisor:
             if self._has_pidfds:
                 incarnation.pidfd = os.pidfd_open(process.pid)
             undo.pop_all()
-            worker.done_before = worker.done()
+            worker.history.started(worker.done())
             worker.current = incarnation
             worker.state = WorkerState.STARTING
         self._waker.watch(completions.fileno(), lambda: self._take_completions(worker, incarnation))
@@ -352,7 +325,7 @@ class Supervisor:
             *self._options,
             *specification.options,
         ]
-        old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_BACK_WHILE_STARTING)
+        old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK_WHILE_STARTING)
         try:
             return subprocess.Popen(
                 command,
@@ -407,7 +380,7 @@ class Supervisor:
             worker.device.reset()
             worker.broken = False
             if worker.state == WorkerState.GIVEN_UP:
-                worker.futile.clear()
+                worker.history.forgive()
                 why = f"{worker.device.name} was reset by its driver"
                 self._waker.call_later(0, lambda: self._start_again(worker, why))
         finally:
@@ -465,7 +438,7 @@ class Supervisor:
     def restart(self, worker: Worker) -> None:
         """Have a worker end, at once, and another take its place. In the waker."""
         if worker.current.ended.is_set():
-            worker.futile.clear()
+            worker.history.forgive()
             self._start_again(worker, f"{worker.title} is replaced as asked")
         else:
             worker.current.replaced = True
@@ -618,8 +591,7 @@ class Supervisor:
         if self._on_crash == "stop" or cannot_start:
             self._listener.failed(why)
             return
-        end = _End.EXIT if code >= 0 else _End.CRASH if was_ready and -code not in _KILLS else _End.KILL
-        pause = self._pause(worker, end)
+        pause = worker.history.pause(code, worker.done(), was_ready=was_ready)
         if pause is None:
             self._give_up(worker, f"{why}; it keeps ending")
         elif pause:
@@ -627,21 +599,6 @@ class Supervisor:
             self._waker.call_later(pause, lambda: self._start_again(worker, why))
         else:
             self._start_again(worker, why)
-
-    def _pause(self, worker: Worker, end: _End) -> float | None:
-        """How long to leave a worker alone that ended so, in seconds; None where it is to be given up."""
-        if worker.done() != worker.done_before:
-            worker.futile.clear()
-            return 0
-        now = time.monotonic()
-        worker.futile = [(when, how) for when, how in worker.futile if now - when < _WITHIN]
-        worker.futile.append((now, end))
-        ends = [how for _when, how in worker.futile]
-        exits, kills = ends.count(_End.EXIT), ends.count(_End.KILL)
-        crashes = len(ends) - kills
-        if exits >= _EXITS_AT_MOST or crashes >= _CRASHES_AT_MOST or kills >= _KILLS_AT_MOST:
-            return None
-        return min(_FIRST_PAUSE * 2 ** (crashes - 2), _LONGEST_PAUSE) if end is not _End.KILL and crashes > 1 else 0
 
     def _give_up(self, worker: Worker, why: str) -> None:
         """Leave a device without a worker. Its rings stay as they are, for `restart`."""

@@ -221,9 +221,17 @@ def test_a_death_between_a_chains_number_and_its_mark_has_it_taken_as_if_anew(dr
 
 
 def test_a_used_index_that_the_driver_moved_is_refused_by_a_successor(driver: Driver) -> None:
+    offer(driver, 1)
+    pop(successor(driver), 1)
     struct.pack_into("<H", driver.memory.view, driver.layouts[0].used + 2, 3)
     with pytest.raises(RingError, match="vda: queue 0: the index of used was moved from 0 to 3 by the driver"):
         successor(driver)
+
+
+def test_a_successor_goes_on_behind_what_was_answered_without_a_record(driver: Driver) -> None:
+    heads = offer(driver, 3)
+    struct.pack_into("<H", driver.memory.view, driver.layouts[0].used + 2, 2)
+    assert pop(successor(driver), 1) == heads[2:]
 
 
 # Killed before any instruction

@@ -38,7 +38,7 @@ TYPE_CHECKING = False  # as typing's, which is costly to import in a worker
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lgmp.virtio.ring import Virtqueue
+    from lgmp.virtio.ring import Request, Virtqueue
     from workers.device import Device
 
 # How long a worker waits for room in the socket before it loses events, in milliseconds.
@@ -195,6 +195,10 @@ class TracedVirtqueue:
             self._took(*chain, held=False)
         return chain
 
+    def peek(self, _most: int, _header: int, _trailer: int) -> list[Request]:
+        """Nothing: what is to be told of goes by `pop` and `push`."""
+        return []
+
     def push(self, head: int, written: int) -> None:
         """As Virtqueue has it; tells of the answer."""
         writable = self._writable.pop(head, ())
@@ -203,6 +207,20 @@ class TracedVirtqueue:
         last = next((segment[-1] for segment in reversed(writable) if segment), None)
         self._queue.push(head, written)
         self._tracer.emit(DONE, monotonic_ns(), self._number, head, written, data, last)
+
+    def push_all(self, answers: Sequence[tuple[int, int]]) -> None:
+        """As Virtqueue has it; tells of each answer."""
+        taken = [(head, written, self._writable.pop(head, ())) for head, written in answers]
+        told = [
+            (
+                *(head, written, _beginning(writable, min(written, self._snap))),
+                next((segment[-1] for segment in reversed(writable) if segment), None),
+            )
+            for head, written, writable in taken
+        ]
+        self._queue.push_all(answers)
+        for head, written, data, last in told:
+            self._tracer.emit(DONE, monotonic_ns(), self._number, head, written, data, last)
 
     def tell_held(self) -> None:
         """Tell of the chains that were taken before the trace began, and are not given back yet."""

@@ -5,8 +5,10 @@ the one that is used. A driver that breaks a rule gets a RingError, which is fat
 launcher) and says which device, which queue and which descriptor.
 
 Order of memory accesses: x86 keeps loads in order among themselves and stores in order among themselves, which is all
-that taking from the available ring and adding to the used ring need. What would need a fence is "allow notifications,
-then look again"; so notifications are never suppressed here: VRING_USED_F_NO_NOTIFY is never set.
+that taking from the available ring and adding to the used ring need. "Ask for kicks, then look again" and "publish,
+then ask whether a call is wanted" need a fence between the store and the load (`full_barrier`), on both sides. Not
+every guest has one: an emulated one does not. So whoever serves such a ring never suppresses its kicks, and leaves
+`look`, `enable_kicks` and `needs_call` alone.
 
 What was taken and not given back is recorded in an in-flight region (lgmp.virtio.inflight), store by store in such an
 order that a successor of this process can go on wherever it was killed.
@@ -17,6 +19,7 @@ descriptor is unpacked in one call, and nothing is allocated per request but the
 
 from __future__ import annotations
 
+from _thread import allocate_lock
 from struct import Struct
 
 from lgmp.errors import LgmpError
@@ -26,20 +29,33 @@ from lgmp.virtio.ids import (
     VRING_DESC_F_INDIRECT,
     VRING_DESC_F_NEXT,
     VRING_DESC_F_WRITE,
+    VRING_USED_F_NO_NOTIFY,
 )
 from lgmp.virtio.inflight import LAST_BATCH_HEAD_U16, USED_IDX_U16
 
 TYPE_CHECKING = False  # as typing's, which is costly to import in a worker
 if TYPE_CHECKING:
-    from typing import Protocol
+    from collections.abc import Sequence
+    from typing import Protocol, TypeAlias
 
     from lgmp.virtio.inflight import InflightRegion
 
+    # What `Virtqueue.peek` gives: the head; where in `Virtqueue.view` the header begins, the data begins and ends;
+    # whether the data is to be written; where the trailer begins.
+    Request: TypeAlias = tuple[int, int, int, int, bool, int]
+
     class Memory(Protocol):
-        """What a ring needs of guest memory; lgmp.memory.GuestMemory is one."""
+        """What a ring needs of guest memory: lgmp.memory.GuestMemory is one, lgmp.vhost_user.regions.Regions another.
+
+        From guest address `low` up to `limit` lies what is wanted most, as `view[address]`. There may be more.
+        """
 
         view: memoryview
+        low: int
         limit: int
+
+        def pieces(self, address: int, size: int) -> list[memoryview] | None:
+            """The `size` bytes from a guest address on, in as few pieces as can be; None where some are no memory."""
 
 
 # Virtio allows a ring this many descriptors at most (section 2.4: "Maximum Queue Size value is 32768").
@@ -54,6 +70,23 @@ _unpack_one = Struct("<QIHH").unpack_from
 _unpack_three = Struct("<QIHHQIHHQIHH").unpack_from
 
 _NEXT_WRITE = VRING_DESC_F_NEXT | VRING_DESC_F_WRITE
+
+# Requests are numbered in 64 bits. Who finds larger numbers than this in a region was not left them by one of us.
+_COUNTER_MAX = 1 << 62
+
+_lock = allocate_lock()
+_acquire = _lock.acquire
+_release = _lock.release
+
+
+def full_barrier() -> None:
+    """No load after this is done before the stores ahead of it are seen by others.
+
+    To take a lock is an atomic compare-and-exchange, and x86 lets nothing pass one of these (Intel SDM, volume 3,
+    section 8.2.3.9). Nobody else ever has this one.
+    """
+    _acquire()
+    _release()
 
 
 class RingError(LgmpError):
@@ -120,59 +153,73 @@ class Virtqueue:
     __slots__ = (
         "_again",
         "_avail",
+        "_avail_event",
+        "_called_for",
         "_counter",
         "_counters",
         "_desc",
+        "_event_idx",
         "_header",
         "_inflight",
         "_limit",
+        "_low",
+        "_memory",
         "_next_avail",
         "_next_used",
         "_num",
         "_region",
+        "_seen",
+        "_used_event",
         "_used_head",
         "_used_id",
         "_used_len",
         "_view",
         "indirect",
+        "lag",
         "name",
     )
 
-    def __init__(self, memory: Memory, layout: VringLayout, *, name: str, inflight: InflightRegion) -> None:
+    def __init__(
+        self,
+        memory: Memory,
+        layout: VringLayout,
+        *,
+        name: str,
+        inflight: InflightRegion,
+        event_idx: bool = False,
+    ) -> None:
         """Look at the ring that `layout` places in `memory`.
 
         `name` begins every error, for example "vda: queue 0". `inflight` is kept up to date, so that another Virtqueue
-        can go on from it; it must be of a ring of this size. It is `resume` that takes over what is in it.
+        can go on from it; it must be of a ring of this size or a larger one. It is `resume` that takes over what is in
+        it. `event_idx`: whether the driver accepted VIRTIO_RING_F_EVENT_IDX.
         Raises RingError where the ring has an impossible size or place.
         """
         num = layout.num
         if not 1 <= num <= MAX_RING or num & (num - 1):
             raise RingError(f"{name}: a ring of {num} descriptors; it must be a power of two up to {MAX_RING}")
-        limit = memory.limit
-        parts = (
-            ("descriptor table", layout.desc, num * DESCRIPTOR_BYTES, 16),
-            ("available ring", layout.avail, 4 + num * 2, 2),
-            ("used ring", layout.used, 4 + num * USED_ELEMENT_BYTES, 4),
-        )
-        for part, start, size, align in parts:
-            if start < 0 or start + size > limit or start % align:
-                raise RingError(
-                    f"{name}: the {part} at {start:#x}+{size} is not within guest memory ({limit:#x})"
-                    f" or not a multiple of {align}"
-                )
-        view = memory.view
+        if num > inflight.num:
+            raise RingError(f"{name}: a ring of {num} descriptors, and the in-flight region is of {inflight.num}")
+        event = 2 if event_idx else 0
         self.name = name
         self.indirect = False
         self._num = num
-        self._limit = limit
-        self._view = view
-        self._desc = view[layout.desc : layout.desc + num * DESCRIPTOR_BYTES]
-        # As u16: flags, idx, ring[num].
-        self._avail = view[layout.avail : layout.avail + 4 + num * 2].cast("H")
-        self._used_head = view[layout.used : layout.used + 4].cast("H")
-        elements = view[layout.used + 4 : layout.used + 4 + num * USED_ELEMENT_BYTES].cast("I")
+        self._memory = memory
+        self._low = memory.low
+        self._limit = memory.limit
+        self._view = memory.view
+        self._desc = self._part("descriptor table", layout.desc, num * DESCRIPTOR_BYTES, 16)
+        # As u16: flags, idx, ring[num]; with EVENT_IDX, used_event.
+        avail = self._part("available ring", layout.avail, 4 + num * 2 + event, 2).cast("H")
+        used = self._part("used ring", layout.used, 4 + num * USED_ELEMENT_BYTES + event, 4)
+        self._avail = avail[: 2 + num]
+        self._used_event = avail[2 + num :]
+        self._used_head = used[:4].cast("H")
+        elements = used[4 : 4 + num * USED_ELEMENT_BYTES].cast("I")
         self._used_id = elements[::2]
         self._used_len = elements[1::2]
+        self._avail_event = used[4 + num * USED_ELEMENT_BYTES :].cast("H")
+        self._event_idx = event_idx
         self._region = inflight
         self._inflight = inflight.inflight
         self._counters = inflight.counter
@@ -180,8 +227,52 @@ class Virtqueue:
         # The number of the next request; the next index to take from avail, and to write of used.
         self._counter = 1
         self._next_avail = self._next_used = 0
+        # How far avail has gone ahead of what is used and in flight: requests that are lost, where it is not 0.
+        self.lag = 0
         # Heads that a predecessor had taken and not given back, the next one last.
         self._again: list[int] = []
+        # The index of avail when it was last looked at, and that of used when a call was last asked about.
+        self._seen = 0
+        self._called_for = -1
+
+    def _part(self, part: str, start: int, size: int, align: int) -> memoryview:
+        """One of the parts of the ring, checked."""
+        pieces = self._memory.pieces(start, size) if start >= 0 and not start % align else None
+        if pieces is None or len(pieces) != 1:
+            raise RingError(
+                f"{self.name}: the {part} at {start:#x}+{size} is not within guest memory ({self._limit:#x})"
+                f" or not a multiple of {align}"
+            )
+        return pieces[0]
+
+    def begin(self, base: int) -> None:
+        """A driver begins to use the ring, or goes on with it elsewhere: avail is to be taken from index `base` on.
+
+        The used index is what the ring says. Where the in-flight region, which is then somebody's who served the ring
+        before, has requests in it, it is they that count, and not `base`. `resume` is to follow.
+        """
+        used = self._used_head[1]
+        self.lag = 0
+        if not any(self._inflight):
+            self._header[USED_IDX_U16] = used
+            self.lag = (base - used) & 0xFFFF
+
+    def stop(self) -> int:
+        """Let go of the ring: nothing is taken or given back any more. Gives the index of avail to begin from again.
+
+        What is in flight goes back as if it had never been taken, if it is what was taken last; else (of a device that
+        answers in another order than it takes) the region goes on telling of it.
+        """
+        heads = self._region.heads()
+        numbers = [self._counters[head] for head in heads]
+        base = (self._header[USED_IDX_U16] + self.lag) & 0xFFFF
+        taken = self._region.taken()
+        if numbers != list(range(taken - len(numbers) + 1, taken + 1)):
+            return (base + len(heads)) & 0xFFFF
+        # The newest first: who finds the rest finds the oldest.
+        for head in reversed(heads):
+            self._inflight[head] = 0
+        return base
 
     def resume(self) -> None:
         """Take over the ring from whoever served it before, as the in-flight region tells.
@@ -193,18 +284,34 @@ class Virtqueue:
         header = self._header
         used = self._used_head[1]
         before = header[USED_IDX_U16]
-        if used != before:
-            # It was killed after it had published a used element, and before it had recorded that.
-            if used != (before + 1) & 0xFFFF or header[LAST_BATCH_HEAD_U16] >= self._num:
-                raise RingError(f"{self.name}: the index of used was moved from {before} to {used} by the driver")
-            region.inflight[header[LAST_BATCH_HEAD_U16]] = 0
+        if used != before and not any(region.inflight):
+            # What was not recorded was answered at once, and published.
+            header[USED_IDX_U16] = used
+        elif used != before:
+            # It was killed after it had published used elements, and before it had recorded that.
+            for head in self._last_batch((used - before) & 0xFFFF, before, used):
+                region.inflight[head] = 0
             header[USED_IDX_U16] = used
         heads = region.heads()
-        self._counter = region.taken() + 1
+        taken = region.taken()
+        if (heads and max(heads) >= self._num) or taken > _COUNTER_MAX:
+            raise RingError(f"{self.name}: the in-flight region is of another ring")
+        self._counter = taken + 1
         self._next_used = used
-        self._next_avail = (used + len(heads)) & 0xFFFF
+        self._next_avail = (used + len(heads) + self.lag) & 0xFFFF
         heads.reverse()
         self._again = heads
+        self._called_for = -1
+
+    def _last_batch(self, size: int, before: int, used: int) -> list[int]:
+        """The heads of the batch that moved the used index from `before` to `used`, by `size`."""
+        heads = [self._header[LAST_BATCH_HEAD_U16]]
+        if size <= self._num:
+            while len(heads) < size and heads[-1] < self._num:
+                heads.append(self._region.next[heads[-1]])
+        if len(set(heads)) != size or max(heads) >= self._num:
+            raise RingError(f"{self.name}: the index of used was moved from {before} to {used} by the driver")
+        return heads
 
     @property
     def num(self) -> int:
@@ -242,8 +349,9 @@ class Virtqueue:
         return self._avail.cast("B")
 
     def memory_at(self, address: int, size: int) -> memoryview | None:
-        """Guest memory; None where it is not all there."""
-        return self._view[address : address + size] if 0 <= address <= self._limit - size else None
+        """Guest memory, in one piece; None where it is not all there."""
+        pieces = self._memory.pieces(address, size) if address >= 0 else None
+        return pieces[0] if pieces is not None and len(pieces) == 1 else None
 
     def look_at(self, head: int) -> tuple[int, list[memoryview], list[memoryview]]:
         """The chain `head` as `pop` gives it, without taking it. Raises RingError."""
@@ -252,8 +360,9 @@ class Virtqueue:
     def reset(self) -> None:
         """Start from the beginning of the ring again, as after a reset of the device; touches no guest memory."""
         self._region.reset()
-        self._next_avail = self._next_used = 0
+        self._next_avail = self._next_used = self.lag = 0
         self._again = []
+        self._called_for = -1
         self.indirect = False
 
     def pop(self) -> tuple[int, list[memoryview], list[memoryview]] | None:
@@ -294,10 +403,11 @@ class Virtqueue:
             )
             if flags == VRING_DESC_F_NEXT and flags2 == VRING_DESC_F_WRITE and follows == head + 1 == follows1 - 1:
                 limit = self._limit
+                low = self._low
                 end = start + size
                 end1 = start1 + size1
                 end2 = start2 + size2
-                if end <= limit and end1 <= limit and end2 <= limit:
+                if start >= low <= start1 and low <= start2 and end <= limit and end1 <= limit >= end2:
                     view = self._view
                     if flags1 == _NEXT_WRITE:
                         return head, [view[start:end]], [view[start1:end1], view[start2:end2]]
@@ -305,9 +415,92 @@ class Virtqueue:
                         return head, [view[start:end], view[start1:end1]], [view[start2:end2]]
         return self._walk(head)
 
+    def peek(self, most: int, header: int, trailer: int) -> list[Request]:
+        """The next chains, at most `most`, as far as they are requests of the commonest shape; they are not taken.
+
+        That is a header to read of `header` bytes, data, and `trailer` bytes to write, in three descriptors side by
+        side or in an indirect table of three, all in the memory that `view` is. What comes first and is of another
+        shape, or breaks a rule, is for `pop`.
+
+        What is answered at once, and in its order, by `answer`, need not be recorded: what is not used yet is still in
+        the available ring, where a successor finds it. So this is for a device that holds no other chains of the ring.
+        """
+        found: list[Request] = []
+        if self._again:
+            return found
+        avail = self._avail
+        at = self._next_avail
+        count = self._num
+        ready = (avail[1] - at) & 0xFFFF
+        if ready > count:
+            return found
+        table = self._desc
+        view = self._view
+        low = self._low
+        limit = self._limit
+        for _ in range(min(ready, most)):
+            head = avail[2 + at % count]
+            if head + 3 > count:
+                break
+            start, size, flags, follows, data, data_size, kind, data_follows, last, last_size, last_flags, _ = (
+                _unpack_three(table, head << 4)
+            )
+            first = head
+            if flags == VRING_DESC_F_INDIRECT:
+                if size != 3 * DESCRIPTOR_BYTES or not self.indirect or start < low or start + size > limit:
+                    break
+                start, size, flags, follows, data, data_size, kind, data_follows, last, last_size, last_flags, _ = (
+                    _unpack_three(view, start)
+                )
+                first = 0
+            end = data + data_size
+            if (
+                size != header
+                or last_size != trailer
+                or flags != VRING_DESC_F_NEXT
+                or last_flags != VRING_DESC_F_WRITE
+                or follows != first + 1
+                or data_follows != first + 2
+                or (kind | VRING_DESC_F_WRITE) != _NEXT_WRITE
+                or not start >= low <= data
+                or last < low
+                or start + header > limit
+                or end > limit
+                or last + trailer > limit
+            ):
+                break
+            found.append((head, start, data, end, kind == _NEXT_WRITE, last))
+            at += 1
+        return found
+
+    def answer(self, answers: Sequence[tuple[int, int]]) -> None:
+        """Take and give back the chains that `peek` has shown, the first of them in that order: (head, bytes written).
+
+        The driver sees all of them or none.
+        """
+        index = self._next_used
+        count = self._num
+        ids = self._used_id
+        lengths = self._used_len
+        for head, written in answers:
+            slot = index % count
+            ids[slot] = head
+            lengths[slot] = written
+            index += 1
+        self._next_avail = (self._next_avail + len(answers)) & 0xFFFF
+        self._next_used = index = index & 0xFFFF
+        self._used_head[1] = index
+        self._header[USED_IDX_U16] = index
+
+    @property
+    def view(self) -> memoryview:
+        """The memory that the places of a `Request` are in."""
+        return self._view
+
     def _walk(self, head: int) -> tuple[int, list[memoryview], list[memoryview]]:
         """The chain that begins with descriptor `head`, as `pop` gives it."""
         view = self._view
+        low = self._low
         limit = self._limit
         table = self._desc
         readable: list[memoryview] = []
@@ -321,27 +514,41 @@ class Virtqueue:
             left -= 1
             start, size, flags, follows = _unpack_one(table, at << 4)
             end = start + size
-            if end > limit:
-                where = self._where(at, through)
-                raise RingError(f"{where}: Invalid address {start:#x}+{size} is outside guest memory ({limit:#x})")
+            if low <= start and end <= limit:
+                segment = view[start:end]
+                others = None
+            else:
+                segment, others = self._elsewhere(at, through, start, size)
             if flags & VRING_DESC_F_INDIRECT:
                 self._check_indirect(at, through, size, flags)
                 through = at
-                table = view[start:end]
+                table = memoryview(b"".join((segment, *others))) if others else segment
                 count = left = size >> 4
                 at = 0
                 continue
             if flags & VRING_DESC_F_WRITE:
-                writable.append(view[start:end])
+                writable.append(segment)
+                if others:
+                    writable += others
             elif writable:
                 raise RingError(f"{self._where(at, through)}: Descriptor has out after in")
             else:
-                readable.append(view[start:end])
+                readable.append(segment)
+                if others:
+                    readable += others
             if not flags & VRING_DESC_F_NEXT:
                 return head, readable, writable
             if follows >= count:
                 raise RingError(f"{self._where(at, through)}: Desc next is {follows}, the table has {count}")
             at = follows
+
+    def _elsewhere(self, at: int, through: int, start: int, size: int) -> tuple[memoryview, list[memoryview] | None]:
+        """Memory that is not where most of it is: its first piece, and the others where there are more."""
+        pieces = self._memory.pieces(start, size)
+        if pieces is None:
+            where = self._where(at, through)
+            raise RingError(f"{where}: Invalid address {start:#x}+{size} is outside guest memory ({self._limit:#x})")
+        return (pieces[0], pieces[1:]) if len(pieces) > 1 else (pieces[0], None)
 
     def push(self, head: int, written: int) -> None:
         """Give the chain `head` back to the driver, with `written` bytes written to its writable segments.
@@ -359,6 +566,68 @@ class Virtqueue:
         self._used_head[1] = index
         self._inflight[head] = 0
         header[USED_IDX_U16] = index
+
+    def push_all(self, answers: Sequence[tuple[int, int]]) -> None:
+        """Give back several chains, (head, bytes written) each, so that the driver sees all of them or none."""
+        header = self._header
+        links = self._region.next
+        index = self._next_used
+        for head, written in answers:
+            slot = index % self._num
+            self._used_id[slot] = head
+            self._used_len[slot] = written
+            links[head] = header[LAST_BATCH_HEAD_U16]
+            header[LAST_BATCH_HEAD_U16] = head
+            index = (index + 1) & 0xFFFF
+        self._next_used = index
+        self._used_head[1] = index
+        for head, _written in answers:
+            self._inflight[head] = 0
+        header[USED_IDX_U16] = index
+
+    # Kicks and calls, for a driver that runs at the same time and keeps to the fences (virtio 1.0, section 2.4.7).
+
+    def look(self) -> bool:
+        """Note how far avail has come, before it is served; gives whether that is further than it was last time."""
+        index = self._avail[1]
+        if index == self._seen:
+            return False
+        self._seen = index
+        return True
+
+    def spin(self, rounds: int) -> bool:
+        """Wait for avail to go beyond what was noted by `look`, for so many looks at it; gives whether it has."""
+        avail = self._avail
+        seen = self._seen
+        for _ in range(rounds):  # noqa: SIM110  any() would take twice as long
+            if avail[1] != seen:
+                return True
+        return False
+
+    def disable_kicks(self) -> None:
+        """The ring is looked at anyway for now: let the driver save itself the kicks. It may kick all the same."""
+        if not self._event_idx:
+            self._used_head[0] = VRING_USED_F_NO_NOTIFY
+
+    def enable_kicks(self) -> bool:
+        """Ask for a kick when avail goes beyond what was noted by `look`; gives whether it has already."""
+        if self._event_idx:
+            self._avail_event[0] = self._seen
+        else:
+            self._used_head[0] = 0
+        full_barrier()
+        return self._avail[1] != self._seen
+
+    def needs_call(self) -> bool:
+        """Whether the driver wants to be called for what was given back since this was asked last."""
+        used = self._next_used
+        before = self._called_for
+        self._called_for = used
+        full_barrier()
+        if not self._event_idx:
+            return not self._avail[0] & VRING_AVAIL_F_NO_INTERRUPT
+        # Where the event index lies between the two, modulo 65536 (vring_need_event of linux/virtio_ring.h).
+        return before < 0 or (used - self._used_event[0] - 1) & 0xFFFF < ((used - before) & 0xFFFF)
 
     def _where(self, at: int, through: int) -> str:
         if through < 0:

@@ -33,10 +33,15 @@ class GuardedMemory:
 
     def __init__(self, limit: int) -> None:
         """`limit`: its bytes, without the guard zone."""
+        self.low = 0
         self.limit = limit
         self.view = memoryview(mmap.mmap(-1, limit + _GUARD_BYTES))
         self.view[limit:] = _GUARD
         self._base = addressof(c_char.from_buffer(self.view))
+
+    def pieces(self, address: int, size: int) -> list[memoryview] | None:
+        """As lgmp.memory.GuestMemory."""
+        return [self.view[address : address + size]] if 0 <= address <= self.limit - size else None
 
     def address_of(self, segment: memoryview) -> int:
         """Where a slice of it lies. Raises BrokenPromise where that is not guest memory."""
