@@ -3,52 +3,87 @@
 Nothing reaches past the end that the disk had at the start: a request that would is answered with IOERR and touches
 nothing. What the disk under us fails to do is answered with IOERR too; only a request that is none is fatal.
 
-Requests are done one after the other, in the ring's order, so at most one is in flight. Where this process is killed in
-the middle of one, its successor does that one first, from its beginning: a write that is done twice is a write, and a
-FLUSH comes after the writes that it came after.
+Requests are done one after the other, in the ring's order, but for writes that are neighbours there and on the disk,
+which are done by one system call. Where this process is killed, its successor begins with the first that is not
+answered: a write that is done twice is a write, and a FLUSH comes after the writes that it came after. All rings are
+served by this one process, so a FLUSH is for what was answered on any of them.
+
+A driver of virtio 1.0 may cut a request into segments wherever it likes, an older one may not.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 
-from lgmp.control import BYTES_OUT, ERRORS
+from lgmp import holes
+from lgmp.control import BYTES_IN, BYTES_OUT, ERRORS
 from lgmp.errors import LgmpError, say
 from lgmp.vectors import preadv, pwritev
 from lgmp.virtio.block import (
     HEADER,
     HEADER_BYTES,
+    MAX_DISCARD_SECTORS,
+    MAX_DISCARD_SEG,
+    MAX_WRITE_ZEROES_SECTORS,
+    MAX_WRITE_ZEROES_SEG,
+    RANGE,
+    RANGE_BYTES,
     SECTOR_BYTES,
     STATUS_BYTES,
     VIRTIO_BLK_F_BARRIER,
+    VIRTIO_BLK_F_DISCARD,
     VIRTIO_BLK_F_FLUSH,
+    VIRTIO_BLK_F_WRITE_ZEROES,
     VIRTIO_BLK_ID_BYTES,
     VIRTIO_BLK_S_IOERR,
     VIRTIO_BLK_S_OK,
     VIRTIO_BLK_S_UNSUPP,
     VIRTIO_BLK_T_BARRIER,
+    VIRTIO_BLK_T_DISCARD,
     VIRTIO_BLK_T_FLUSH,
     VIRTIO_BLK_T_GET_ID,
     VIRTIO_BLK_T_IN,
     VIRTIO_BLK_T_OUT,
     VIRTIO_BLK_T_SCSI_CMD,
+    VIRTIO_BLK_T_WRITE_ZEROES,
+    VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 )
-from workers.device import IOV_MAX, Complaints, Device, RequestDevice, RequestError, skip
+from lgmp.virtio.ids import VIRTIO_F_ANY_LAYOUT, VIRTIO_F_VERSION_1
+from lgmp.virtio.ring import RingError
+from workers.device import BATCH, IOV_MAX, Complaints, Device, RequestDevice, RequestError, skip
 
 TYPE_CHECKING = False  # as typing's, which is costly to import in a worker
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from lgmp.virtio.ring import Request, Virtqueue
     from workers.runtime import Options
+
+    # What a ring gives: the head, the segments to read and those to write.
+    Chain = tuple[int, list[memoryview], list[memoryview]]
 
 # What lseek(2) takes.
 _OFFSET_MAX = (1 << 63) - 1
+# How many requests are looked at and answered together: more saves little, and makes the first of them wait.
+_GROUP = 8
+# A read of this size or more is answered by itself.
+_ALONE_BYTES = 32 << 10
+# Writes that are neighbours on the disk are done by one system call up to this size.
+_TOGETHER_BYTES = 64 << 10
+# A modern driver runs beside us, and decides itself when it wants to hear of answers: it is told once there are answers
+# of so many bytes, and not only at the end of a batch.
+_TELL_BYTES = 64 << 10
+# Where the file system cannot make zeros, they are written, so many at a time.
+_ZERO_BYTES = 1 << 20
 
 _unpack_header = HEADER.unpack
+_unpack_header_at = HEADER.unpack_from
+_NONE: list[Request] = []
 
 
 class Block(RequestDevice):
-    """A disk. One queue; a request is a header, data, and a status byte (virtio 1.0, section 5.2.6)."""
+    """A disk on any number of queues; a request is a header, data, and a status byte (virtio 1.0, section 5.2.6)."""
 
     def __init__(
         self,
@@ -75,54 +110,212 @@ class Block(RequestDevice):
         self._scsi_was_said = False
         # Whether the driver can ask for its writes to be made safe; where it cannot, each is.
         self._write_back = True
-        self._written = 0  # bytes that are not counted yet
-
-    def serve(self) -> bool:
-        """As every device of requests."""
-        try:
-            return super().serve()
-        finally:
-            if self._written:
-                self.statistics[BYTES_OUT] += self._written
-                self._written = 0
+        self._may_write = not read_only  # without more ado
+        self._any_layout = False
+        self._tells_early = False
+        self._tell_bytes = _OFFSET_MAX
+        # The kinds of request that go with a feature, where the driver accepted that.
+        self._range_kinds: tuple[int, ...] = ()
 
     def accept(self, features: int) -> None:
         """A driver that took neither FLUSH nor BARRIER has no other way to make its writes safe: sync each."""
         super().accept(features)
         self._write_back = bool(features & (1 << VIRTIO_BLK_F_FLUSH | 1 << VIRTIO_BLK_F_BARRIER))
+        self._may_write = self._write_back and not self.read_only
+        self._any_layout = bool(features & (1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_F_ANY_LAYOUT))
+        self._tells_early = bool(features >> VIRTIO_F_VERSION_1 & 1)
+        self._tell_bytes = _TELL_BYTES if self._tells_early else _OFFSET_MAX
+        kinds = ((VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_T_DISCARD), (VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_T_WRITE_ZEROES))
+        self._range_kinds = tuple(kind for feature, kind in kinds if features >> feature & 1)
+
+    def serve(self) -> bool:
+        """As every device of requests, with a way of its own for reads and writes."""
+        more = False
+        for number, queue in enumerate(self.queues):
+            if self.serve_ring(number, queue):
+                more = True
+        return more
+
+    def serve_ring(self, number: int, queue: Virtqueue) -> bool:  # noqa: PLR0912, PLR0915  the hot path, in one piece
+        """Answer what is in ring `number`, at most BATCH requests; gives whether there may be more.
+
+        Raises RingError where the driver broke a rule.
+        """
+        peek = queue.peek
+        read = preadv
+        fd = self.fd
+        disk_end = self.size
+        left = BATCH
+        peeks = True
+        given = 0  # bytes that were given
+        untold = 0  # these, and bytes that were written, as far as the driver was not told of them
+        while left:
+            wanted = left if left < _GROUP else _GROUP
+            requests = peek(wanted, HEADER_BYTES, STATUS_BYTES) if peeks else _NONE
+            if requests is None:
+                break
+            at = 0
+            while at < len(requests):
+                view = queue.view
+                answers = []
+                size = 0
+                for head, header, start, end, is_read, status in requests[at:] if at else requests:
+                    # The hot path: one read, straight into the guest's pages.
+                    kind, _, sector = _unpack_header_at(view, header)
+                    count = end - start
+                    offset = sector * SECTOR_BYTES
+                    if not is_read or kind != VIRTIO_BLK_T_IN or offset + count > disk_end or count % SECTOR_BYTES:
+                        break
+                    try:
+                        if read(fd, [view[start:end]], offset) != count:
+                            break
+                    except OSError:
+                        break  # it fails again below, and is said
+                    view[status] = VIRTIO_BLK_S_OK
+                    count += STATUS_BYTES
+                    answers.append((head, count))
+                    size += count
+                    if count > _ALONE_BYTES:
+                        break
+                if answers:
+                    queue.answer(answers)
+                    given += size
+                    at += len(answers)
+                else:
+                    count, size = self._write_neighbours(queue, requests, at)
+                    if not count:
+                        break
+                    given += count
+                    at += count
+                    size += count
+                untold += size
+                if untold >= self._tell_bytes:
+                    self.notifier.used(number)
+                    untold = 0
+            left -= at
+            if at < len(requests) or not requests:
+                # The next one is of another kind or shape, or one that fails, or there is none.
+                chain = queue.pop()
+                if chain is None:
+                    break
+                left -= 1
+                # Who cuts a request into many segments does the same to the next one, which `peek` would not show.
+                peeks = len(chain[1]) + len(chain[2]) <= 3
+                size = self._answer_one(number, queue, chain)
+                given += size
+                untold += size
+                if untold >= self._tell_bytes:
+                    self.notifier.used(number)
+                    untold = 0
+            elif untold and self._tells_early and len(requests) < wanted:
+                # There is nothing more, it seems: whoever waits for these need not wait until that is certain.
+                self.notifier.used(number)
+                untold = 0
+        self.statistics[BYTES_IN] += given
+        if untold:
+            self.notifier.used(number)
+        return not left
+
+    def _write_neighbours(self, queue: Virtqueue, requests: Sequence[Request], at: int) -> tuple[int, int]:
+        """Do the write `requests[at]`, and those that follow it there and on the disk, by one system call.
+
+        A call costs much more than what it copies, other than that of a read. Gives how many requests that were, which
+        are answered, and their size in bytes. That is none where it is no write, or one that has to be done by itself.
+        """
+        if not self._may_write:
+            return 0, 0
+        view = queue.view
+        segments: list[memoryview] = []
+        answers: list[tuple[int, int]] = []
+        statuses: list[int] = []
+        first = place = size = 0
+        for head, header, start, end, is_read, status in requests[at:]:
+            kind, _, sector = _unpack_header_at(view, header)
+            offset = sector * SECTOR_BYTES
+            count = end - start
+            if is_read or kind != VIRTIO_BLK_T_OUT or count % SECTOR_BYTES or offset + count > self.size:
+                break
+            if not segments:
+                first = place = offset
+            elif offset != place or size + count > _TOGETHER_BYTES:
+                break
+            segments.append(view[start:end])
+            answers.append((head, STATUS_BYTES))
+            statuses.append(status)
+            place += count
+            size += count
+        if not segments:
+            return 0, 0
+        try:
+            if pwritev(self.fd, segments, first) != size:
+                return 0, 0
+        except OSError:
+            return 0, 0  # which of them fails, and why, shows when each is done by itself
+        for status in statuses:
+            view[status] = VIRTIO_BLK_S_OK
+        queue.answer(answers)
+        self.statistics[BYTES_OUT] += size
+        return len(answers), size
+
+    def _answer_one(self, number: int, queue: Virtqueue, chain: Chain) -> int:
+        """Answer any request; gives how many bytes were given. Raises RingError."""
+        head, readable, writable = chain
+        try:
+            given = self.handle(number, readable, writable)
+        except RequestError as error:
+            what = str(error).replace("{head}", str(head))
+            raise RingError(f"{queue.name}: descriptor {head}: {what}") from error
+        queue.push(head, given)
+        return given
 
     def handle(self, queue: int, readable: list[memoryview], writable: list[memoryview]) -> int:  # noqa: ARG002
         """Answer one request; gives 1 for the status byte, and the number of bytes read.
 
-        Raises RequestError for a request without a 16-byte header or without a status byte of its own.
+        Raises RequestError for a request without a header or without a byte for the status, and where the driver may
+        not choose its segments, for one where these are not 16 bytes and 1 byte by themselves.
         """
         if not readable or not writable:
             raise RequestError(f"Bad virtblk cmd {{head}} out={len(readable)} in={len(writable)}")
-        header = readable[0]
+        first = readable.pop(0)
+        header: memoryview | bytearray = first
         status = writable.pop()
-        if len(header) != HEADER_BYTES:
-            raise RequestError(f"Bad iovec size {len(header)} for the header of a virtblk cmd, it is {HEADER_BYTES}")
-        if len(status) != STATUS_BYTES:
-            raise RequestError(f"Bad iovec size {len(status)} for the status of a virtblk cmd, it is {STATUS_BYTES}")
+        if len(header) != HEADER_BYTES or len(status) != STATUS_BYTES:
+            if self._any_layout:
+                header, readable = _split_header([first, *readable])
+                status, writable = _split_status([*writable, status])
+            elif len(header) != HEADER_BYTES:
+                raise RequestError(
+                    f"Bad iovec size {len(header)} for the header of a virtblk cmd, it is {HEADER_BYTES}"
+                )
+            else:
+                raise RequestError(
+                    f"Bad iovec size {len(status)} for the status of a virtblk cmd, it is {STATUS_BYTES}"
+                )
         kind, _, sector = _unpack_header(header)
         if kind == VIRTIO_BLK_T_IN:
-            # The hot path: one read, straight into the guest's pages.
+            # One that has several segments, or descriptors that do not lie side by side, and nothing else about it.
             size = len(writable[0]) if len(writable) == 1 else sum(map(len, writable))
             offset = sector * SECTOR_BYTES
             if offset + size <= self.size and not size % SECTOR_BYTES and len(writable) <= IOV_MAX:
                 try:
                     if preadv(self.fd, writable, offset) == size:
                         status[0] = VIRTIO_BLK_S_OK
-                        return size + 1
+                        return size + STATUS_BYTES
                 except OSError:
                     pass  # below it fails again, and is said
-        code, written = self._answer(kind, sector, readable[1:], writable)
+        return self._finish(kind, sector, readable, writable, status)
+
+    def _finish(self, kind: int, sector: int, out: list[memoryview], into: list[memoryview], status: memoryview) -> int:
+        """Do what a request asks for and say so in its status; gives how many bytes were written, that included."""
+        code, written = self._answer(kind, sector, out, into)
         status[0] = code
         if code != VIRTIO_BLK_S_OK:
             self.statistics[ERRORS] += 1
         return written + 1
 
-    def _answer(self, kind: int, sector: int, out: list[memoryview], into: list[memoryview]) -> tuple[int, int]:
+    def _answer(  # noqa: PLR0911  one for each kind
+        self, kind: int, sector: int, out: list[memoryview], into: list[memoryview]
+    ) -> tuple[int, int]:
         """Do what a request asks for; gives its status and how many bytes of `into` were written."""
         barrier = kind & VIRTIO_BLK_T_BARRIER
         # BARRIER and OUT are bits that go with any kind: Linux has sent FLUSH with and without OUT.
@@ -142,6 +335,8 @@ class Block(RequestDevice):
                 return VIRTIO_BLK_S_OK, 0
             if kind == VIRTIO_BLK_T_GET_ID:
                 return VIRTIO_BLK_S_OK, self._identify(into)
+            if kind in self._range_kinds:
+                return self._clear(kind, out), 0
         except OSError as error:
             self._complain(f"{self.name}: {_what(kind)} at sector {sector}: {error.strerror or error}")
             return VIRTIO_BLK_S_IOERR, 0
@@ -150,22 +345,22 @@ class Block(RequestDevice):
             self._say(f"{self.name}: Scsi commands unsupported")
         return VIRTIO_BLK_S_UNSUPP, 0
 
-    def _extent(self, what: str, sector: int, segments: Sequence[memoryview]) -> tuple[int, int]:
-        """The offset and size in bytes of a transfer; raises OSError where it is not whole sectors of the disk.
+    def _extent(self, what: str, sector: int, size: int) -> int:
+        """The offset in bytes of a transfer of `size` bytes; raises OSError where it is not whole sectors of the disk.
 
         `what` names it there, "Read" or "Write".
         """
-        size = sum(map(len, segments))
         offset = sector * SECTOR_BYTES
         if size % SECTOR_BYTES:
             raise OSError(None, f"{size} bytes are not whole sectors")
         if offset + size > self.size:
             place = f"{what} past end {offset}+{size}" if offset <= _OFFSET_MAX else f"Bad seek to sector {sector}"
             raise OSError(None, f"{place}, the disk has {self.size // SECTOR_BYTES} sectors")
-        return offset, size
+        return offset
 
     def _read(self, sector: int, segments: list[memoryview]) -> int:
-        offset, size = self._extent("Read", sector, segments)
+        size = sum(map(len, segments))
+        offset = self._extent("Read", sector, size)
         done = 0
         while done < size:
             segments = skip(segments, 0)
@@ -177,9 +372,9 @@ class Block(RequestDevice):
         return size
 
     def _write(self, sector: int, segments: list[memoryview]) -> None:
-        if self.read_only:
-            raise OSError(None, "the disk is read-only")
-        offset, size = self._extent("Write", sector, segments)
+        self._refuse_if_read_only()
+        size = sum(map(len, segments))
+        offset = self._extent("Write", sector, size)
         done = 0
         while done < size:
             segments = skip(segments, 0)
@@ -188,7 +383,61 @@ class Block(RequestDevice):
                 raise OSError(None, "nothing was written")
             done += count
             segments = skip(segments, count)
-        self._written += size
+        self.statistics[BYTES_OUT] += size
+
+    def _refuse_if_read_only(self) -> None:
+        if self.read_only:
+            raise OSError(None, "the disk is read-only")
+
+    def _clear(self, kind: int, out: list[memoryview]) -> int:
+        """DISCARD or WRITE_ZEROES: do it to all ranges in `out`, or to none; gives the status. Raises OSError."""
+        self._refuse_if_read_only()
+        discards = kind == VIRTIO_BLK_T_DISCARD
+        flag = 0 if discards else VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP
+        most = MAX_DISCARD_SECTORS if discards else MAX_WRITE_ZEROES_SECTORS
+        most_ranges = MAX_DISCARD_SEG if discards else MAX_WRITE_ZEROES_SEG
+        size = sum(map(len, out))
+        if not size or size % RANGE_BYTES or size > most_ranges * RANGE_BYTES:
+            raise OSError(None, f"{size} bytes are not 1 to {most_ranges} ranges of {RANGE_BYTES} bytes")
+        ranges = []
+        for sector, count, flags in RANGE.iter_unpack(b"".join(out)):
+            if flags & ~flag:
+                return VIRTIO_BLK_S_UNSUPP
+            if count > most:
+                raise OSError(None, f"{count} sectors at once, at most {most} may be")
+            extent = self._extent(_what(kind).capitalize(), sector, count * SECTOR_BYTES)
+            ranges.append((extent, count * SECTOR_BYTES, flags))
+        for offset, count, flags in ranges:
+            if count and discards:
+                try:
+                    holes.discard(self.fd, offset, count)
+                except OSError as error:
+                    if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
+                        raise
+                    return VIRTIO_BLK_S_UNSUPP  # the content is there still, as it may be
+            elif count:
+                self._zero(offset, count, unmap=bool(flags))
+        if not self._write_back:
+            os.fdatasync(self.fd)
+        return VIRTIO_BLK_S_OK
+
+    def _zero(self, offset: int, size: int, *, unmap: bool) -> None:
+        """Make zeros of `size` bytes at `offset`, a hole where `unmap` allows it and the file system has holes."""
+        for make in (holes.punch, holes.zero) if unmap else (holes.zero,):
+            try:
+                make(self.fd, offset, size)
+            except OSError as error:
+                if error.errno not in holes.CANNOT:
+                    raise
+            else:
+                return
+        zeros = memoryview(bytes(min(size, _ZERO_BYTES)))
+        while size:
+            count = pwritev(self.fd, [zeros[:size]], offset)
+            if not count:
+                raise OSError(None, "nothing was written")
+            offset += count
+            size -= count
 
     def _identify(self, into: list[memoryview]) -> int:
         done = 0
@@ -199,7 +448,32 @@ class Block(RequestDevice):
         return done
 
 
+def _split_header(readable: list[memoryview]) -> tuple[bytearray, list[memoryview]]:
+    """The header of a request, wherever its segments begin and end, and the data behind it. Raises RequestError."""
+    header = bytearray()
+    for segment in readable:
+        header += segment[: HEADER_BYTES - len(header)]
+    if len(header) < HEADER_BYTES:
+        raise RequestError(f"{len(header)} bytes for the header of a virtblk cmd, it is {HEADER_BYTES}")
+    return header, skip(readable, HEADER_BYTES)
+
+
+def _split_status(writable: list[memoryview]) -> tuple[memoryview, list[memoryview]]:
+    """The status of a request, the last byte that may be written, and the room before it. Raises RequestError."""
+    into = [segment for segment in writable if segment]
+    if not into:
+        raise RequestError("0 bytes for the status of a virtblk cmd, it is 1")
+    last = into.pop()
+    if len(last) > STATUS_BYTES:
+        into.append(last[:-STATUS_BYTES])
+    return last[-STATUS_BYTES:], into
+
+
 def _what(kind: int) -> str:
+    if kind == VIRTIO_BLK_T_DISCARD:
+        return "discard"
+    if kind == VIRTIO_BLK_T_WRITE_ZEROES:
+        return "write of zeros"
     base = kind & ~(VIRTIO_BLK_T_BARRIER | VIRTIO_BLK_T_OUT)
     if base == VIRTIO_BLK_T_FLUSH:
         return "flush"

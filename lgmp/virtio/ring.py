@@ -415,12 +415,12 @@ class Virtqueue:
                         return head, [view[start:end], view[start1:end1]], [view[start2:end2]]
         return self._walk(head)
 
-    def peek(self, most: int, header: int, trailer: int) -> list[Request]:
+    def peek(self, most: int, header: int, trailer: int) -> list[Request] | None:
         """The next chains, at most `most`, as far as they are requests of the commonest shape; they are not taken.
 
         That is a header to read of `header` bytes, data, and `trailer` bytes to write, in three descriptors side by
         side or in an indirect table of three, all in the memory that `view` is. What comes first and is of another
-        shape, or breaks a rule, is for `pop`.
+        shape, or breaks a rule, is for `pop`; None where there is nothing.
 
         What is answered at once, and in its order, by `answer`, need not be recorded: what is not used yet is still in
         the available ring, where a successor finds it. So this is for a device that holds no other chains of the ring.
@@ -432,6 +432,8 @@ class Virtqueue:
         at = self._next_avail
         count = self._num
         ready = (avail[1] - at) & 0xFFFF
+        if not ready:
+            return None
         if ready > count:
             return found
         table = self._desc

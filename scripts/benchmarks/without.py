@@ -33,7 +33,7 @@ class _Dropper(ast.NodeTransformer):
         self.found: set[str] = set()
 
     def visit(self, node: ast.AST) -> ast.AST | None:
-        if isinstance(node, ast.FunctionDef | ast.For | ast.With | ast.Try | ast.Module):
+        if isinstance(node, ast.FunctionDef | ast.For | ast.While | ast.With | ast.Try | ast.Module):
             return self.generic_visit(node)
         if not isinstance(node, ast.stmt):
             return node

@@ -18,10 +18,17 @@ from lgmp.control import STATE_BYTES
 from lgmp.memory import PAGE_SIZE
 from lgmp.testing import Recorder
 from lgmp.virtio import net as virtio_net
-from lgmp.virtio.block import VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT
+from lgmp.virtio.block import (
+    VIRTIO_BLK_F_DISCARD,
+    VIRTIO_BLK_F_FLUSH,
+    VIRTIO_BLK_F_WRITE_ZEROES,
+    VIRTIO_BLK_T_GET_ID,
+    VIRTIO_BLK_T_IN,
+    VIRTIO_BLK_T_OUT,
+)
 from lgmp.virtio.console import INPUT_QUEUE, OUTPUT_QUEUE
 from lgmp.virtio.console import QUEUES as CONSOLE_QUEUES
-from lgmp.virtio.ids import VIRTIO_F_ANY_LAYOUT, VIRTIO_RING_F_INDIRECT_DESC
+from lgmp.virtio.ids import VIRTIO_F_ANY_LAYOUT, VIRTIO_F_VERSION_1, VIRTIO_RING_F_INDIRECT_DESC
 from lgmp.virtio.ring import RingError, VringLayout
 from workers.block import Block
 from workers.console import Console
@@ -39,8 +46,11 @@ _STEPS = 10000
 _FRAMES = 7
 # What follows the disk in its file.
 _BEYOND = b"\xc3" * 5000
-_KINDS = (0, 1, 2, 3, 4, 5, 8, 9, 0x80000000, 0x80000001, 0x80000005, 0xFFFFFFFF)
+_KINDS = (0, 1, 2, 3, 4, 5, 8, 9, 11, 13, 0x80000000, 0x80000001, 0x80000005, 0xFFFFFFFF)
 _INDIRECT = 1 << VIRTIO_RING_F_INDIRECT_DESC
+_MODERN_DISK = (
+    1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_BLK_F_FLUSH | 1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES
+)
 _ANY_LAYOUT = 1 << VIRTIO_F_ANY_LAYOUT
 
 
@@ -214,7 +224,7 @@ class FuzzedBlock(FuzzedDevice):
 
     name = "block"
     queues = 1
-    features = (_INDIRECT | 1 << VIRTIO_BLK_F_FLUSH, _INDIRECT, 0)
+    features = (_INDIRECT | 1 << VIRTIO_BLK_F_FLUSH, _INDIRECT | _MODERN_DISK, _INDIRECT, 0)
 
     def __init__(self) -> None:
         """In a file that is longer than the disk."""

@@ -10,10 +10,14 @@ import struct
 from collections.abc import Sequence
 from ctypes import addressof, c_char
 from random import Random
+from typing import TYPE_CHECKING
 
 from lgmp.virtio.ids import VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE
 from lgmp.virtio.inflight import InflightRegion, inflight_bytes
 from lgmp.virtio.ring import MAX_INDIRECT, RingError, Virtqueue, VringLayout
+
+if TYPE_CHECKING:
+    from lgmp.virtio.ring import Request
 
 _NEXT, _WRITE, _INDIRECT = VRING_DESC_F_NEXT, VRING_DESC_F_WRITE, VRING_DESC_F_INDIRECT
 _DESCRIPTOR = struct.Struct("<QIHH")
@@ -62,6 +66,23 @@ class WatchedVirtqueue(Virtqueue):
         self.guarded = memory
         self.written: list[tuple[int, int]] = []
         self.seen = 0
+
+    def peek(self, most: int, header: int, trailer: int) -> list[Request] | None:
+        """As any. Raises BrokenPromise for a place that is not in guest memory."""
+        found = super().peek(most, header, trailer)
+        for head, start, data, end, to_write, last in found or ():
+            if not 0 <= head < self.num or end < data:
+                raise BrokenPromise(f"a request with head {head} and data from {data:#x} to {end:#x}")
+            for at, size in ((start, header), (data, end - data), (last, trailer)):
+                if not 0 <= at <= self.guarded.limit - size:
+                    raise BrokenPromise(f"{at:#x}+{size}, guest memory ends at {self.guarded.limit:#x}")
+            self.written += [(data, end - data)] * to_write + [(last, trailer)]
+        return found
+
+    def answer(self, answers: Sequence[tuple[int, int]]) -> None:
+        """As any."""
+        super().answer(answers)
+        self.seen += len(answers)
 
     def pop(self) -> tuple[int, list[memoryview], list[memoryview]] | None:
         """As any. Raises BrokenPromise for a segment that is not in guest memory, and where there are too many."""
