@@ -17,6 +17,7 @@ from lgmp.hosts.choice import GUEST_ABI_NAMES, HOSTS, LGUEST_ABI_NAMES, LGUEST_D
 if TYPE_CHECKING:
     from lgmp.devices import DeviceOption
     from lgmp.launcher import End
+    from lgmp.serving.models import ServeOption
 
 _DESCRIPTION = """\
 lgmp launches lguest guests: 32-bit Linux kernels built with CONFIG_LGUEST_GUEST.
@@ -35,6 +36,7 @@ commands:
   trace           show every request of a device as it happens: lgmp trace [GUEST] DEVICE [-o FILE]
   record          keep them all, contents and all, in a file: lgmp record [GUEST] DEVICE -o FILE
   replay          have a worker do them again, without a guest: lgmp replay FILE [--device ...]
+  serve           a device for QEMU and others, by vhost-user: lgmp serve block FILE --socket PATH
 
 GUEST is a guest's name or its launcher's process id; it may be left out where there is only one.
 
@@ -541,6 +543,120 @@ def _replay(words: Sequence[str]) -> int:
     return replay(arguments.file, arguments.device, timing=arguments.timing, patience=arguments.patience)
 
 
+_SERVE_EPILOG = """\
+examples:
+  lgmp serve block disk.img --socket /tmp/vda.sock
+  lgmp serve net --tap tap0 --socket /tmp/net.sock --supervise
+  lgmp serve --device mine.py:Echo --socket /tmp/echo.sock
+
+Front ends (QEMU, cloud-hypervisor, crosvm) come and go, one at a time. README.md has their command lines. The memory of
+their guests has to be shared: -object memory-backend-memfd,share=on for QEMU.
+
+exit status:
+  0      the only front end has gone (--once, or --fd with a connection)
+  1      it could not be served, or its worker ended: a line on stderr says why
+  128+N  signal N ended it
+"""
+
+_SERVE_KINDS = ("block", "net", "rng", "console")
+
+
+def serve_parser() -> argparse.ArgumentParser:
+    """The parser of `lgmp serve`."""
+    parser = _Parser(
+        prog="lgmp serve",
+        usage="lgmp serve KIND [WHAT] --socket PATH [options]",
+        description="Serve a device to the guest of another virtual machine monitor, by vhost-user.",
+        epilog=_SERVE_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("kind", metavar="KIND", nargs="?", choices=_SERVE_KINDS, help=", ".join(_SERVE_KINDS))
+    parser.add_argument(
+        "what",
+        metavar="WHAT",
+        nargs="?",
+        help="block: the disk, a file or block device; rng: where random bytes come from (default: /dev/urandom)",
+    )
+    parser.add_argument("--socket", "--socket-path", metavar="PATH", help="the socket to listen at")
+    parser.add_argument("--fd", type=int, metavar="N", help="an open socket instead, which listens or is connected")
+    parser.add_argument("--once", action="store_true", help="end when the first front end goes")
+    parser.add_argument(
+        "--supervise", action="store_true", help="start the worker again when it ends; front ends that reconnect go on"
+    )
+    parser.add_argument("--chroot", metavar="DIR", help="lock the worker in DIR, which may be empty; takes root")
+    parser.add_argument("--username", metavar="NAME", help="run the worker as the user NAME; takes root")
+    block = parser.add_argument_group("block")
+    block.add_argument("--read-only", action="store_true", help="the guest may only read it")
+    block.add_argument("--serial", metavar="TEXT", help="its serial number (default: the name of the file)")
+    block.add_argument("--num-queues", type=int, metavar="N", help="how many rings a driver may use (default: 1)")
+    net = parser.add_argument_group("net")
+    net.add_argument("--tap", metavar="NAME", help="a tap that is there")
+    net.add_argument("--tap-fd", type=int, metavar="N", help="an open tap")
+    net.add_argument("--tunnet", metavar="ADDRESS[/PREFIX][:MAC]|bridge:NAME[:MAC]", help="a tap to be made, as of run")
+    net.add_argument("--net", choices=("user",), help="a user-mode network, which takes no rights (passt)")
+    net.add_argument("--mac", help="the guest's address, for front ends that ask (QEMU does not)")
+    own = parser.add_argument_group("a device of your own, in the place of KIND")
+    own.add_argument("--device", metavar="MODULE:CLASS[,KEY=VALUE...]", help="a class of a Python module or of FILE.py")
+    return parser
+
+
+def _serve(words: Sequence[str]) -> int:
+    from lgmp.serving.serve import ServeOptions, serve  # noqa: PLC0415
+
+    arguments = serve_parser().parse_intermixed_args(words)
+    if (arguments.socket is None) == (arguments.fd is None):
+        raise LgmpError("lgmp serve takes either --socket PATH or --fd N")
+    options = ServeOptions(
+        device=_served_device(arguments),
+        socket=arguments.socket,
+        descriptor=arguments.fd,
+        once=arguments.once,
+        supervise=arguments.supervise,
+        chroot=arguments.chroot,
+        username=arguments.username,
+    )
+    return serve(options)
+
+
+# Which options belong to which kind, by their names in argparse.
+_SERVE_OPTIONS = {
+    "block": ("read_only", "serial", "num_queues"),
+    "net": ("tap", "tap_fd", "tunnet", "net", "mac"),
+}
+
+
+def _served_device(arguments: argparse.Namespace) -> ServeOption:
+    """What is to be served. Raises LgmpError where the words do not go together."""
+    from lgmp.devices import CustomOption, RngOption  # noqa: PLC0415
+    from lgmp.serving.models import ServeBlock, ServeConsole, ServeNet  # noqa: PLC0415
+
+    kind = arguments.kind
+    if (kind is None) == (arguments.device is None):
+        raise LgmpError(f"lgmp serve takes one of {', '.join(_SERVE_KINDS)}, or --device MODULE:CLASS")
+    for other, names in _SERVE_OPTIONS.items():
+        for name in names:
+            if other != kind and getattr(arguments, name):
+                raise LgmpError(f"--{name.replace('_', '-')} is an option of `lgmp serve {other}`")
+    if arguments.what is not None and kind not in ("block", "rng"):
+        raise LgmpError(f"`lgmp serve {kind or '--device'}` takes no {arguments.what!r}")
+    match kind:
+        case "block":
+            if arguments.what is None:
+                raise LgmpError("`lgmp serve block` takes a disk: lgmp serve block disk.img --socket PATH")
+            queues = 1 if arguments.num_queues is None else arguments.num_queues
+            return ServeBlock(arguments.what, arguments.read_only, arguments.serial, queues)
+        case "net":
+            given = [name for name in ("tap", "tap_fd", "tunnet", "net") if getattr(arguments, name) is not None]
+            if len(given) != 1:
+                raise LgmpError("`lgmp serve net` takes one of --tap NAME, --tap-fd N, --tunnet ADDRESS and --net user")
+            return ServeNet(arguments.tap, arguments.tap_fd, arguments.tunnet, bool(arguments.net), arguments.mac)
+        case "rng":
+            return RngOption() if arguments.what is None else RngOption(arguments.what)
+        case "console":
+            return ServeConsole()
+    return CustomOption(arguments.device)
+
+
 _COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "run": _run,
     "demo": _demo,
@@ -554,6 +670,7 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "trace": _trace,
     "record": _record,
     "replay": _replay,
+    "serve": _serve,
 }
 
 if __name__ == "__main__":

@@ -66,9 +66,9 @@ def open_devices(options: Sequence[DeviceOption], stack: contextlib.ExitStack) -
             case BlockOption():
                 models.append(_block(option, _count(models, ids.VIRTIO_ID_BLOCK), stack))
             case RngOption():
-                models.append(_rng(option, _count(models, ids.VIRTIO_ID_RNG), stack))
+                models.append(open_rng(option, _count(models, ids.VIRTIO_ID_RNG), stack))
             case CustomOption():
-                models.append(_custom(option, models))
+                models.append(open_custom(option, models))
             case _:
                 models.append(_net(option, _count(models, ids.VIRTIO_ID_NET), stack))
     return models
@@ -112,7 +112,8 @@ def _net(option: NetworkOption, number: int, stack: contextlib.ExitStack) -> Mod
     )
 
 
-def _rng(option: RngOption, number: int, stack: contextlib.ExitStack) -> Model:
+def open_rng(option: RngOption, number: int, stack: contextlib.ExitStack) -> Model:
+    """An entropy source, the guest's `number`th; `stack` closes its file. Raises LgmpError, with the remedy."""
     descriptor = _open_random(option.path)
     stack.callback(os.close, descriptor)
     return Model(
@@ -126,7 +127,8 @@ def _rng(option: RngOption, number: int, stack: contextlib.ExitStack) -> Model:
     )
 
 
-def _custom(option: CustomOption, models: Sequence[Model]) -> Model:
+def open_custom(option: CustomOption, models: Sequence[Model]) -> Model:
+    """A device of the user's own, beside `models` of the same guest. Raises LgmpError, with the remedy."""
     from lgmp.custom_device import describe  # noqa: PLC0415  only who has one is to wait for its modules
 
     words = option.specification

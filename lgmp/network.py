@@ -6,6 +6,9 @@ itself, and makes of the guest's connections sockets of its own.
 
 Neither leaves anything behind: a tap goes with the last process that has it open, passt with the other end of its
 socket.
+
+Who serves another monitor's guest has a tap that is there already, made by somebody with the right to do so:
+`open_existing_tap` takes it by its name, `tap_of_descriptor` as an open file. It stays as it is when we go.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from typing import NamedTuple, Self
 
 from lgmp import shared_file, tap
 from lgmp.errors import LgmpError
-from lgmp.virtio.net import HEADER_BYTES, HOST_OFFLOADS, MAC_BYTES
+from lgmp.virtio.net import ETHERNET_MTU, HEADER_BYTES, HOST_OFFLOADS, MAC_BYTES
 
 # net/if.h; with the NUL that ends it.
 IFNAMSIZ = 16
@@ -33,6 +36,8 @@ _SYNTAX = "it takes ADDRESS[/PREFIX][:MAC] or bridge:NAME[:MAC], for example 192
 _BRIDGE_PREFIX = "bridge:"
 _MAC = re.compile("[0-9a-fA-F]{1,2}(:[0-9a-fA-F]{1,2}){5}")
 _PREFIXES = {str(length) for length in range(1, 33)}
+# linux/sockios.h
+_SIOCGIFMTU = 0x8921
 # Where there is no right to make a tap.
 _NO_RIGHT = "be root, or use --net user, which needs no rights"
 
@@ -72,9 +77,9 @@ class TapOption(NamedTuple):
                 raise LgmpError(f"--tunnet {text}: must specify bridge name; {_SYNTAX}")
             if not _can_be_interface(name):
                 raise LgmpError(f"--tunnet {text}: {name!r} cannot be the name of a bridge; {_SYNTAX}")
-            return cls(bridge=name, mac=_parse_mac(text, mac) if colon else None)
+            return cls(bridge=name, mac=parse_mac(f"--tunnet {text}", mac) if colon else None)
         address, colon, mac = text.partition(":")
-        return cls(address=_parse_address(text, address), mac=_parse_mac(text, mac) if colon else None)
+        return cls(address=_parse_address(text, address), mac=parse_mac(f"--tunnet {text}", mac) if colon else None)
 
 
 class UserOption(NamedTuple):
@@ -87,9 +92,12 @@ NetworkOption = TapOption | UserOption
 class Network:
     """The host's side of one device: what the bus, the worker and the user are told of it.
 
-    `mac` is the guest's; `offloads` the mask of virtio features that it has beyond plain frames; `title` says what it
-    is; `worker_options` and `descriptor` are for the worker.
+    `mac` is the guest's; `offloads` the mask of virtio features that it has beyond plain frames; `mtu` the longest
+    packet that it takes, in bytes, where that is known to be another than Ethernet's; `title` says what it is;
+    `worker_options` and `descriptor` are for the worker.
     """
+
+    mtu = ETHERNET_MTU
 
     def __init__(
         self, *, title: str, mac: bytes, offloads: int, worker_options: tuple[str, ...], descriptor: int
@@ -145,16 +153,17 @@ def format_mac(mac: bytes) -> str:
     return mac.hex(":")
 
 
-def _parse_mac(text: str, mac: str) -> bytes:
+def parse_mac(where: str, mac: str) -> bytes:
+    """The MAC address of one guest, as people write it. Raises LgmpError, which begins with `where` it stood."""
     if not _MAC.fullmatch(mac):
         raise LgmpError(
-            f"--tunnet {text}: Failed to parse mac address '{mac}': it is six bytes in hexadecimal, "
+            f"{where}: Failed to parse mac address '{mac}': it is six bytes in hexadecimal, "
             "for example 02:00:00:00:00:01"
         )
     parsed = bytes(int(field, 16) for field in mac.split(":"))
     if parsed[0] & 1 or not any(parsed):
         kind = "of a group" if any(parsed) else "of nobody"
-        raise LgmpError(f"--tunnet {text}: {mac} is the address {kind}, not of one guest: try 02:00:00:00:00:01")
+        raise LgmpError(f"{where}: {mac} is the address {kind}, not of one guest: try 02:00:00:00:00:01")
     return parsed
 
 
@@ -196,7 +205,7 @@ class Tap(Network):
     def open(cls, option: TapOption, mac: bytes) -> Tap:
         """Make it. Raises LgmpError, with the remedy, and then nothing is left of it."""
         with contextlib.ExitStack() as undo:
-            descriptor = _open_tun()
+            descriptor = _open_tun("or use --net user", _NO_RIGHT)
             undo.callback(os.close, descriptor)
             name, has_header = _make_tap(descriptor)
             offloads = _probe_offloads(descriptor) if has_header else 0
@@ -207,41 +216,107 @@ class Tap(Network):
             title=f"{name} ({where})",
             mac=mac,
             offloads=offloads,
-            worker_options=("--tap-fd", str(descriptor), *(("--vnet-header",) if has_header else ())),
+            worker_options=_tap_options(descriptor, has_header),
             descriptor=descriptor,
         )
         made.name = name
         return made
 
 
-def _open_tun() -> int:
+def open_existing_tap(name: str, mac: bytes | None = None) -> Network:
+    """A tap that is there, by its name; `mac` is the guest's, else one is made up.
+
+    Raises LgmpError, with the remedy, where there is none, or it is not ours to have.
+    """
+    if not _can_be_interface(name):
+        raise LgmpError(f"{name!r} cannot be the name of a tap; ip tuntap list shows those that there are")
+    try:
+        socket.if_nametoindex(name)
+    except OSError as error:
+        # The kernel would make one that goes with us, down and without an address.
+        raise LgmpError(f"there is no tap {name}: {_how_to_make(name)} makes it, as root") from error
+    descriptor = _open_tun("or use another network", f"be root, or have root do: chmod 666 {tap.TUN_DEVICE}")
+    try:
+        has_header = _attach_tap(descriptor, name)
+        offloads = _probe_offloads(descriptor) if has_header else 0
+        mtu = _mtu_of(name)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    made = Network(
+        title=name,
+        mac=mac or derive_mac(0),
+        offloads=offloads,
+        worker_options=_tap_options(descriptor, has_header),
+        descriptor=descriptor,
+    )
+    made.mtu = mtu
+    return made
+
+
+def tap_of_descriptor(descriptor: int, mac: bytes | None = None) -> Network:
+    """A tap that somebody has opened for us; `mac` is the guest's, else one is made up.
+
+    The descriptor is the Network's from now on: it does not block, and is not passed on to programs by itself. Raises
+    LgmpError, with the remedy, where it is no tap; then it is the caller's still. That it was opened with IFF_NO_PI is
+    taken for granted: the flag that the kernel gives in its place says something else (IFF_NOFILTER).
+    """
+    # struct ifreq: the name, the flags.
+    request = bytearray(40)
+    try:
+        fcntl.ioctl(descriptor, tap.TUNGETIFF, request)
+    except OSError as error:
+        what = {
+            errno.EBADF: "is not open: it has to be inherited",
+            errno.EBADFD: f"is {tap.TUN_DEVICE}, but no tap yet: its opener has to call TUNSETIFF",
+        }.get(error.errno or 0, f"is not a tap: it has to be {tap.TUN_DEVICE}, open for reading and writing")
+        raise LgmpError(f"descriptor {descriptor} {what}") from error
+    name, flags = struct.unpack_from("16sH", request)
+    name = name.rstrip(b"\0").decode(errors="replace")
+    if not flags & tap.IFF_TAP:
+        raise LgmpError(f"descriptor {descriptor} is {name}, a tun, which has no Ethernet: open it with IFF_TAP")
+    has_header = bool(flags & tap.IFF_VNET_HDR)
+    os.set_blocking(descriptor, False)
+    os.set_inheritable(descriptor, False)
+    return Network(
+        title=name,
+        mac=mac or derive_mac(0),
+        offloads=_probe_offloads(descriptor) if has_header else 0,
+        worker_options=_tap_options(descriptor, has_header),
+        descriptor=descriptor,
+    )
+
+
+def _tap_options(descriptor: int, has_header: bool) -> tuple[str, ...]:
+    return ("--tap-fd", str(descriptor), *(("--vnet-header",) if has_header else ()))
+
+
+def _how_to_make(name: str) -> str:
+    return f"ip tuntap add dev {name} mode tap user $USER && ip link set {name} up"
+
+
+def _open_tun(otherwise: str, no_right: str) -> int:
+    """The descriptor of what may become a tap. What else there is, and the remedy for no right, end what is raised."""
     try:
         return os.open(tap.TUN_DEVICE, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError as error:
         raise LgmpError(
             f"Failed to open {tap.TUN_DEVICE}: {error.strerror}; modprobe tun as root makes it, "
-            "in a container it has to be let in; or use --net user"
+            f"in a container it has to be let in; {otherwise}"
         ) from error
     except PermissionError as error:
-        raise LgmpError(f"Failed to open {tap.TUN_DEVICE}: {error.strerror}; {_NO_RIGHT}") from error
+        raise LgmpError(f"Failed to open {tap.TUN_DEVICE}: {error.strerror}; {no_right}") from error
     except OSError as error:
-        remedy = "modprobe tun as root" if error.errno in (errno.ENODEV, errno.ENXIO) else "--net user needs none"
+        remedy = "modprobe tun as root" if error.errno in (errno.ENODEV, errno.ENXIO) else otherwise
         raise LgmpError(f"Failed to open {tap.TUN_DEVICE}: {error.strerror}; {remedy}") from error
 
 
 def _make_tap(descriptor: int) -> tuple[str, bool]:
     """Have `descriptor` be a new tap; gives its name, and whether it has the virtio header before each frame."""
-    flags = tap.IFF_TAP | tap.IFF_NO_PI
-    word = bytearray(4)
-    with contextlib.suppress(OSError):  # older than 2.6.27: no such question, no such header
-        fcntl.ioctl(descriptor, tap.TUNGETFEATURES, word)
-    has_header = bool(int.from_bytes(word, "little") & tap.IFF_VNET_HDR)
-    if has_header:
-        flags |= tap.IFF_VNET_HDR
-    # struct ifreq: the name, here a template for the kernel, then the flags.
-    request = bytearray(struct.pack("16sH22x", b"tap%d", flags))
+    flags = _tap_flags(descriptor)
+    has_header = bool(flags & tap.IFF_VNET_HDR)
     try:
-        fcntl.ioctl(descriptor, tap.TUNSETIFF, request)
+        name = _set_interface(descriptor, "tap%d", flags)  # a template for the kernel
         if has_header:
             fcntl.ioctl(descriptor, tap.TUNSETVNETHDRSZ, HEADER_BYTES.to_bytes(4, "little"))
     except PermissionError as error:
@@ -250,7 +325,56 @@ def _make_tap(descriptor: int) -> tuple[str, bool]:
         ) from error
     except OSError as error:
         raise LgmpError(f"configuring {tap.TUN_DEVICE}: {error.strerror}") from error
-    return request[:IFNAMSIZ].rstrip(b"\0").decode(), has_header
+    return name, has_header
+
+
+def _attach_tap(descriptor: int, name: str) -> bool:
+    """Have `descriptor` be the tap `name`; gives whether it has the virtio header before each frame."""
+    flags = _tap_flags(descriptor)
+    try:
+        try:
+            _set_interface(descriptor, name, flags)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            # Perhaps one of several queues, of which we are the one that is used.
+            _set_interface(descriptor, name, flags | tap.IFF_MULTI_QUEUE)
+    except OSError as error:
+        match error.errno:
+            case errno.EBUSY:
+                what = "another process has it open: fuser -v /dev/net/tun shows which"
+            case errno.EPERM | errno.EACCES:
+                what = f"it is another user's: be that user or root, or make one of your own: {_how_to_make('NAME')}"
+            case errno.EINVAL:
+                what = f"it is not a tap; ip tuntap list shows those that there are, {_how_to_make('NAME')} makes one"
+            case _:
+                what = f"{error.strerror or error}; {_how_to_make('NAME')} makes another"
+        raise LgmpError(f"cannot have the tap {name}: {what}") from error
+    return bool(flags & tap.IFF_VNET_HDR)
+
+
+def _tap_flags(descriptor: int) -> int:
+    """The flags of a tap for a worker, with the virtio header where the kernel knows it."""
+    word = bytearray(4)
+    with contextlib.suppress(OSError):  # older than 2.6.27: no such question, no such header
+        fcntl.ioctl(descriptor, tap.TUNGETFEATURES, word)
+    return tap.IFF_TAP | tap.IFF_NO_PI | int.from_bytes(word, "little") & tap.IFF_VNET_HDR
+
+
+def _set_interface(descriptor: int, name: str, flags: int) -> str:
+    """TUNSETIFF; gives the name that the interface has. Raises OSError."""
+    # struct ifreq: the name, then the flags.
+    request = bytearray(struct.pack("16sH22x", os.fsencode(name), flags))
+    fcntl.ioctl(descriptor, tap.TUNSETIFF, request)
+    return os.fsdecode(bytes(request[:IFNAMSIZ]).rstrip(b"\0"))
+
+
+def _mtu_of(name: str) -> int:
+    """In bytes."""
+    request = bytearray(struct.pack("16s24x", os.fsencode(name)))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as asked:
+        fcntl.ioctl(asked, _SIOCGIFMTU, request)
+    return int.from_bytes(request[IFNAMSIZ : IFNAMSIZ + 4], "little")
 
 
 def _probe_offloads(descriptor: int) -> int:

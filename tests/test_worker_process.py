@@ -628,4 +628,4 @@ def test_a_console_without_stdin_and_stdout_lets_the_guest_go_on(console_driver:
 def test_a_console_needs_two_rings(driver: Driver) -> None:
     with console_worker(driver, subprocess.DEVNULL, subprocess.DEVNULL) as worker:
         assert worker.wait() == 1
-        assert worker.errors() == "lgmp: lgmp-console: a console has 2 rings, --queue was given 1 times\n"
+        assert worker.errors() == "lgmp: lgmp-console: a console has 2 rings, not 1\n"

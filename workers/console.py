@@ -381,14 +381,18 @@ class Console(Device):
         """Read no more."""
         self._input_open = False
 
-    def reset(self) -> None:
-        """Forget the guest's buffers; what it had given out to be written still is."""
-        self._keep_output()
+    def suspend(self) -> None:
+        """Forget the guest's buffers. How much of its output is written is in `state`."""
         self._live = self._hungry = False
         self._buffer = None
         self._head = self._carried = -1
         self._segments = []
         self._blocked = bool(self._tail)
+
+    def reset(self) -> None:
+        """Forget the guest's buffers; what it had given out to be written still is."""
+        self._keep_output()
+        self.suspend()
         super().reset()
 
     def _keep_output(self) -> None:
@@ -428,8 +432,8 @@ def _unblocked(fd: int, access: int) -> int:
 
 
 def _make(options: Options) -> Device:
-    if len(options.queues) != QUEUES:
-        raise LgmpError(f"a console has {QUEUES} rings, --queue was given {len(options.queues)} times")
+    if options.queue_count != QUEUES:
+        raise LgmpError(f"a console has {QUEUES} rings, not {options.queue_count}")
     input_fd = options.number("input-fd") if "input-fd" in options.own else 0
     output_fd = options.number("output-fd") if "output-fd" in options.own else 1
     terminal = None

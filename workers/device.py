@@ -155,6 +155,18 @@ class Device:
     def stop(self) -> None:
         """Take in nothing new from outside from now on."""
 
+    def suspend(self) -> None:
+        """The rings are somebody else's for a while: forget what was taken from them and not given back.
+
+        `resume` follows when they are there again, perhaps as other objects and elsewhere; those chains are popped once
+        more, oldest first, as after the death of this process.
+        """
+        rings, self.queues = self.queues, ()
+        try:
+            self.reset()
+        finally:
+            self.queues = rings
+
     def reset(self) -> None:
         """The driver reset the device: forget what it asked for, and leave its rings alone until the next `serve`."""
         for queue in self.queues:

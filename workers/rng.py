@@ -126,10 +126,14 @@ class Rng(Device):
         """Read no more."""
         self._open = False
 
-    def reset(self) -> None:
+    def suspend(self) -> None:
         """Forget the guest's buffer."""
         self._live = False
         self._buffer = None
+
+    def reset(self) -> None:
+        """As in `suspend`, with the ring."""
+        self.suspend()
         super().reset()
 
 
@@ -146,8 +150,8 @@ def _at_most(segments: list[memoryview], room: int) -> list[memoryview]:
 
 
 def _make(options: Options) -> Device:
-    if len(options.queues) != QUEUES:
-        raise LgmpError(f"an entropy source has {QUEUES} ring, --queue was given {len(options.queues)} times")
+    if options.queue_count != QUEUES:
+        raise LgmpError(f"an entropy source has {QUEUES} ring, not {options.queue_count}")
     if "source-fd" not in options.own:
         raise LgmpError("an entropy source needs --source-fd")
     source = options.arguments[0] if options.arguments else "its source"

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from workers.traced import Tracer
+    from workers.vhost_user import Server
 
 _libc = ctypes.CDLL(None)
 
@@ -44,6 +45,8 @@ LAUNCHER_DEATH_SIGNAL = signal.SIGUSR1
 IGNORED_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTTIN, signal.SIGTTOU, signal.SIGTSTP)
 # A signal that arrives just before a system call sleeps does not wake it, so no sleep is longer than this, in seconds.
 WATCH_SECONDS = 2.0
+# In the index of a ring of vhost-user there are 8 bits.
+MAX_QUEUES = 256
 # The text of FAILED is cut to this many bytes: what surrounds it in the message needs less than the rest.
 _FAILED_TEXT_BYTES = COMPLETION_MESSAGE_BYTES - 32
 
@@ -68,6 +71,16 @@ _OPTIONS = {
 }
 _REQUIRED = ("name", "device", "memory-fd", "ram", "control-fd", "mailbox", "completions", "queue")
 
+# In the place of those, where the device is served to another virtual machine monitor.
+_VHOST_USER_OPTIONS = {
+    "vhost-user-fd=": "a socket of vhost-user, that listens or is connected to a front end: what follows is for that",
+    "once": "end when the first front end goes",
+    "virtio-features=": "the features that are offered, a mask of 64 bits",
+    "config-space=": "the configuration space, in hexadecimal",
+    "queues=": "how many rings the device has",
+}
+_VHOST_USER_REQUIRED = ("name", "vhost-user-fd", "virtio-features", "queues")
+
 
 class LauncherGone(Exception):
     """The launcher is no more."""
@@ -82,11 +95,12 @@ class Options:
         Raises LgmpError where it is wrong.
         """
         try:
-            pairs, self.arguments = getopt.getopt(arguments, "", [*_OPTIONS, *own])
+            pairs, self.arguments = getopt.getopt(arguments, "", [*_OPTIONS, *_VHOST_USER_OPTIONS, *own])
         except getopt.GetoptError as error:
             raise LgmpError(f"{error}; see --help") from error
         values = {option[2:]: value for option, value in pairs}
-        missing = [f"--{name}" for name in _REQUIRED if name not in values]
+        required = _VHOST_USER_REQUIRED if "vhost-user-fd" in values else _REQUIRED
+        missing = [f"--{name}" for name in required if name not in values]
         if missing:
             raise LgmpError(f"missing {', '.join(missing)}; see --help")
         self._values = values
@@ -95,24 +109,47 @@ class Options:
         self.program = values.get("program", errors.program)
         self.name = values["name"]
         self.guest = values.get("guest", "")
-        self.mailbox = values["mailbox"]
-        self.completions = values["completions"]
         # What is served and who wrote it, where `make` knows better than run().
         self.kind = ""
         self.author = "lgmp"
+        self.control_fd = self.number("control-fd") if "control-fd" in values else None
+        self.control_socket = values.get("control-socket")
+        self.launcher = self.number("launcher") if "launcher" in values else os.getppid()
+        self.vhost_user_fd: int | None = None
+        self.mailbox = self.completions = ""
+        if "vhost-user-fd" in values:
+            self._take_vhost_user()
+        else:
+            self._take_lguest([value for option, value in pairs if option == "--queue"])
+
+    def _take_lguest(self, queues: list[str]) -> None:
+        """The options of a worker of a launcher's guest."""
+        self.mailbox = self._values["mailbox"]
+        self.completions = self._values["completions"]
         self.device = self.number("device")
         self.memory_fd = self.number("memory-fd")
         self.ram = self.number("ram")
-        self.control_fd = self.number("control-fd")
-        self.kick_fd = self.number("kick-fd") if "kick-fd" in values else None
-        self.trace_fd = self.number("trace-fd") if "trace-fd" in values else None
-        self.trace = self.number("trace") if "trace" in values else 0
-        self.control_socket = values.get("control-socket")
-        self.launcher = self.number("launcher") if "launcher" in values else os.getppid()
+        self.kick_fd = self.number("kick-fd") if "kick-fd" in self._values else None
+        self.trace_fd = self.number("trace-fd") if "trace-fd" in self._values else None
+        self.trace = self.number("trace") if "trace" in self._values else 0
         try:
-            self.queues = [VringLayout.parse(value) for option, value in pairs if option == "--queue"]
+            self.queues = [VringLayout.parse(queue) for queue in queues]
         except ValueError as error:
             raise LgmpError(f"--queue takes NUM:DESC:AVAIL:USED: {error}") from error
+        self.queue_count = len(self.queues)
+
+    def _take_vhost_user(self) -> None:
+        """The options of a worker of another virtual machine monitor's guest."""
+        self.vhost_user_fd = self.number("vhost-user-fd")
+        self.once = "once" in self._values
+        self.virtio_features = self.number("virtio-features")
+        self.queue_count = self.number("queues")
+        if not 1 <= self.queue_count <= MAX_QUEUES:
+            raise LgmpError(f"--queues takes a number from 1 to {MAX_QUEUES}")
+        try:
+            self.config_space = bytes.fromhex(self._values.get("config-space", ""))
+        except ValueError as error:
+            raise LgmpError(f"--config-space takes bytes in hexadecimal: {error}") from error
 
     def number(self, name: str) -> int:
         """The value of an option as a number, decimal or 0x hexadecimal. Raises LgmpError where it is not one."""
@@ -130,6 +167,7 @@ class Worker:
 
     def __init__(self, options: Options, device: Device) -> None:
         """Open what `options` name and give `device` its rings. Raises LgmpError."""
+        assert options.control_fd is not None
         self._device = device
         self._launcher = options.launcher
         self._index = options.device
@@ -384,7 +422,7 @@ def _run(kind: str, make: Callable[[Options], Device], own: dict[str, str]) -> i
     title = f"lgmp-{kind}"
     options: Options | None = None
     device: Device | None = None
-    worker: Worker | None = None
+    worker: Worker | Server | None = None
     try:
         options = Options(sys.argv[1:], own)
         errors.program = options.program
@@ -392,7 +430,7 @@ def _run(kind: str, make: Callable[[Options], Device], own: dict[str, str]) -> i
         device = make(options)
         if options.kind:
             title = f"lgmp-{options.kind}"
-        worker = Worker(options, device)
+        worker = _around(device, options)
         if options.confinement:
             _set_title(title, options)  # where it comes from is out of reach afterwards
             worker.confine(options.confinement)
@@ -415,8 +453,8 @@ def _run(kind: str, make: Callable[[Options], Device], own: dict[str, str]) -> i
         if device:
             device.close()
         if options and os.getppid() != options.launcher:
-            unlink(options.mailbox)
-            unlink(options.completions)
+            for name in filter(None, (options.mailbox, options.completions)):
+                unlink(name)
             # Others may have been killed before they could. In this order: who finds the socket looks for the queues.
             unlink_queues_of(options.launcher)
             if options.control_socket is not None:
@@ -427,7 +465,16 @@ def _run(kind: str, make: Callable[[Options], Device], own: dict[str, str]) -> i
     return 0
 
 
-def _give_up(title: str, worker: Worker | None, text: str) -> int:
+def _around(device: Device, options: Options) -> Worker | Server:
+    """What has the device work: the bus it is on. Raises LgmpError."""
+    if options.vhost_user_fd is None:
+        return Worker(options, device)
+    from workers.vhost_user import Server  # noqa: PLC0415  the workers of lguest guests have no use for it
+
+    return Server(options, device)
+
+
+def _give_up(title: str, worker: Worker | Server | None, text: str) -> int:
     """Say why the device cannot go on: to the launcher, or to the user where that is not possible yet."""
     if worker is None:
         say(f"{title}: {text}")
@@ -478,6 +525,6 @@ def _set_title(title: str, options: Options) -> None:
 
 def _help(kind: str, own: dict[str, str]) -> None:
     print(f"Usage: python -m workers.{kind} OPTIONS [-- WHAT]\n\nServes one virtio device of a launcher's guest.\n")
-    for option, text in {**_OPTIONS, **own}.items():
+    for option, text in {**_OPTIONS, **_VHOST_USER_OPTIONS, **own}.items():
         shown = f"--{option[:-1]} VALUE" if option.endswith("=") else f"--{option}"
         print(f"  {shown:24}{text}")

@@ -1,0 +1,1 @@
+"""`lgmp serve`: devices for the guests of other virtual machine monitors."""
