@@ -278,8 +278,9 @@ class Server:
         self._device.queues = self._idle  # type: ignore[assignment]  # they have all that a device calls
 
     def reset(self) -> None:
-        """The driver reset the device."""
+        """The driver reset the device, which keeps what it was given: a console's output is still written."""
         self._device.reset()
+        self.suspend()
 
     def say(self, text: str) -> None:
         """A line, unless there were too many."""

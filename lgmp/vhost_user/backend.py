@@ -60,7 +60,7 @@ if TYPE_CHECKING:
             """The rings are about to change: touch none of them until they are looked up in `running` again."""
 
         def reset(self) -> None:
-            """The driver reset the device, or has gone; no ring is started."""
+            """The driver reset the device. Its rings are still there, for what it has given out, and then no more."""
 
         def say(self, text: str) -> None:
             """A line for the user."""
@@ -132,6 +132,8 @@ class Vring:
         self.lag = 0
         # Its own, unless the front end keeps one.
         self.inflight: InflightRegion | None = None
+        # Its own of before it was stopped, where that has something in it for whoever goes on from `base`.
+        self.left: InflightRegion | None = None
         # None where it is not started, or not in guest memory just now.
         self.queue: Virtqueue | None = None
 
@@ -260,8 +262,11 @@ class Backend:
         status = message.u64()
         if status > 0xFF:
             raise ProtocolError(f"{message.name} {status:#x}, it is a byte")
-        self.status = status
-        if not status:
+        if status:
+            # That it needs a reset is the device's to say, and no driver can take it back (virtio 1.0, section 2.1.2).
+            self.status = status | self.status & VIRTIO_CONFIG_S_NEEDS_RESET
+        else:
+            self.status = 0
             self._reset()
 
     def _reset_device(self, _message: Message) -> None:
@@ -269,11 +274,15 @@ class Backend:
         self._reset()
 
     def _reset(self) -> None:
-        self._host.suspend()
-        for ring in self.vrings:
-            self._stop(ring)
-            ring.enabled = False
         self._host.reset()
+        for ring in self.vrings:
+            inflight = ring.inflight
+            self._stop(ring)
+            # Of a ring that was stopped before, it may still be gone on with: some front ends reset after every stop.
+            if inflight is not None:
+                inflight.reset()
+                ring.left = None
+            ring.enabled = False
 
     def _reset_owner(self, _message: Message) -> None:
         # It is of old, and back ends are advised to disable the rings and do no more.
@@ -310,11 +319,13 @@ class Backend:
     def _remake_queues(self) -> None:
         """Memory or features have changed: look at the rings anew. One that is not in memory now may be later."""
         for ring in self.vrings:
-            ring.queue = None
+            before, ring.queue = ring.queue, None
             if ring.started:
                 layout = self._layout(ring)
                 if layout is not None:
                     self._make_queue(ring, layout)
+                elif before is not None:
+                    ring.base = before.stop()  # it may be asked for before there is memory again
 
     # Rings
 
@@ -340,6 +351,8 @@ class Backend:
         ring, base = self._stopped_ring(message)
         if base > 0xFFFF:
             raise ProtocolError(f"{message.name} {base:#x}, an index has 16 bits")
+        if base != ring.base:
+            ring.left = None
         ring.base = base
 
     def _set_vring_addr(self, message: Message) -> None:
@@ -446,6 +459,8 @@ class Backend:
         """Nobody serves it any more: where it is to go on is `base`."""
         if ring.queue is not None:
             ring.base = ring.queue.stop()
+        if ring.inflight is not None:
+            ring.left = ring.inflight if any(ring.inflight.inflight) else None
         ring.queue = ring.inflight = None
         ring.lag = 0
         ring.started = ring.broken = False
@@ -462,7 +477,7 @@ class Backend:
     def close(self) -> None:
         """The connection has ended."""
         for ring in self.vrings:
-            ring.queue = ring.inflight = None
+            ring.queue = ring.inflight = ring.left = None
             ring.started = False
             ring.close()
         self.memory = Regions()
@@ -508,6 +523,8 @@ class Backend:
     def _inflight_of(self, ring: Vring) -> InflightRegion:
         """The record of a ring that is to be started. Raises ProtocolError."""
         if self._inflight is None or ring.index >= self._inflight_queues:
+            if ring.left is not None and ring.left.num == ring.num:
+                return ring.left
             return InflightRegion(memoryview(bytearray(inflight_bytes(ring.num))), ring.num)
         at = ring.index * _inflight_stride(self._inflight_num)
         try:
