@@ -635,7 +635,8 @@ def _served_device(arguments: argparse.Namespace) -> ServeOption:
         raise LgmpError(f"lgmp serve takes one of {', '.join(_SERVE_KINDS)}, or --device MODULE:CLASS")
     for other, names in _SERVE_OPTIONS.items():
         for name in names:
-            if other != kind and getattr(arguments, name):
+            given = getattr(arguments, name)
+            if other != kind and given is not None and given is not False:
                 raise LgmpError(f"--{name.replace('_', '-')} is an option of `lgmp serve {other}`")
     if arguments.what is not None and kind not in ("block", "rng"):
         raise LgmpError(f"`lgmp serve {kind or '--device'}` takes no {arguments.what!r}")

@@ -105,6 +105,7 @@ class Console(Device):
         self._done = 0  # how many bytes of it are written
         self._segments: list[memoryview] = []  # what is left of it
         self._carried = -1  # the output chain that a predecessor had begun to write
+        self._interrupted = -1  # the one that was half written when the rings were taken away
         self._blocked = False
         self._look_at_state()
 
@@ -147,6 +148,8 @@ class Console(Device):
         head = (self._words[_PROGRESS] >> 48) - 1
         # The progress of a chain that is not in flight is that of the last one.
         self._carried = head if head in self.queues[OUTPUT_QUEUE].heads_in_flight() else -1
+        if self._carried >= 0:
+            self._interrupted = -1
 
     # Input
 
@@ -264,17 +267,23 @@ class Console(Device):
     def _next_chain(self) -> bool:
         """Take the next output chain to write; False where there is none."""
         done = 0
+        interrupted = self._interrupted
         if self._carried >= 0:
             # It is the oldest in flight, so the one that comes now.
             done = self._words[_PROGRESS] & _DONE_MASK
             self._carried = -1
-        else:
+        elif interrupted < 0:
             # Before another is in flight, for which it could be taken.
             self._words[_PROGRESS] = 0
         chain = self.queues[OUTPUT_QUEUE].pop()
         if chain is None:
             return False
         head, readable, writable = chain
+        if interrupted >= 0:
+            # A ring that was stopped was given its chain back, so it comes first again.
+            self._interrupted = -1
+            if head == interrupted:
+                done = self._words[_PROGRESS] & _DONE_MASK
         if writable:
             raise RingError(f"{self.queues[OUTPUT_QUEUE].name}: descriptor {head}: Input buffers in output queue?")
         self._head = head
@@ -385,6 +394,8 @@ class Console(Device):
         """Forget the guest's buffers. How much of its output is written is in `state`."""
         self._live = self._hungry = False
         self._buffer = None
+        if self._head >= 0:
+            self._interrupted = self._head
         self._head = self._carried = -1
         self._segments = []
         self._blocked = bool(self._tail)
@@ -393,6 +404,7 @@ class Console(Device):
         """Forget the guest's buffers; what it had given out to be written still is."""
         self._keep_output()
         self.suspend()
+        self._interrupted = -1
         super().reset()
 
     def _keep_output(self) -> None:

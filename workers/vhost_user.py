@@ -198,6 +198,8 @@ class Server:
         self._always: list[tuple[int, int]] = []
         self._channel: Channel | None = None
         self._backend: Backend | None = None
+        # Whether the front end has said anything.
+        self._heard = False
         # Whether the device has let go of its rings, and is to be given those that are running.
         self._suspended = False
         self._running: list[Vring] = []
@@ -447,6 +449,7 @@ class Server:
 
     def _connect(self, connection: _socket.socket) -> None:
         self._channel = Channel(connection)
+        self._heard = False
         self._backend = Backend(
             self, name=self._name, features=self._features, config=self._config, queues=self._queue_count
         )
@@ -460,6 +463,7 @@ class Server:
             message = self._channel.receive()
             if message is None:
                 return
+            self._heard = True
             answer = self._backend.handle(message)
             if answer is not None:
                 data, descriptor = answer
@@ -470,7 +474,7 @@ class Server:
                         os.close(descriptor)
         except EOFError:
             self._hang_up()
-        except ProtocolError as error:
+        except LgmpError as error:  # it may also have asked for more than this machine has
             say(f"{self._name}: the front end is sent away: {error}")
             self._hang_up()
         except OSError as error:
@@ -489,7 +493,8 @@ class Server:
         self._epoll.unregister(self._channel.fileno())
         self._channel.close()
         self._channel = None
-        if self._listener is not None and self._once:
+        # Who says nothing is no front end: perhaps somebody who looks whether the socket is still served.
+        if self._listener is not None and self._once and self._heard:
             self._listener.close()
             self._listener = None
         if self._listener is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import signal
 import socket
@@ -93,6 +94,10 @@ class _Endpoint:
                 f"--fd {descriptor} is a connection, and it would end with the worker: "
                 "--supervise takes --socket, or a socket that listens"
             )
+        if descriptor <= 2:
+            # A worker's own are others.
+            descriptor = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 3)
+            stack.callback(os.close, descriptor)
         return cls(descriptor, path=None, is_listening=is_listening)
 
     def __str__(self) -> str:

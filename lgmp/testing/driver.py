@@ -158,12 +158,22 @@ def _link(buffer: Buffer, follows: int, more: bool) -> tuple[int, int]:
 class Driver:
     """A guest's memory, the control page of one device, and the driver's side of its rings: `queues`."""
 
-    def __init__(self, queues: int = 1, num: int = VIRTQUEUE_NUM, start: int = 0, ram: int = RAM_BYTES) -> None:
+    def __init__(
+        self,
+        queues: int = 1,
+        num: int = VIRTQUEUE_NUM,
+        start: int = 0,
+        ram: int = RAM_BYTES,
+        *,
+        memory: GuestMemory | None = None,
+    ) -> None:
         """Make a guest of `ram` bytes whose device has `queues` rings of `num` descriptors.
 
-        `start`: the 16-bit index that the rings begin with; near 0xFFFF, they soon wrap.
+        `start`: the 16-bit index that the rings begin with; near 0xFFFF, they soon wrap. `memory`: what the guest has
+        already, which the driver then owns; the rings are put behind its `ram_bytes`.
         """
-        self.memory = GuestMemory.create(ram)
+        self.memory = GuestMemory.create(ram) if memory is None else memory
+        ram = self.memory.ram_bytes
         self.control = ControlPage.create([num] * queues)
         self.layouts = []
         end = ram

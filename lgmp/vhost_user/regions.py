@@ -166,5 +166,5 @@ def _map(descriptor: int, size: int) -> _File:
     try:
         return _File(descriptor, size)
     except (OSError, ValueError, OverflowError) as error:
-        what = getattr(error, "strerror", None) or error
+        what = getattr(error, "strerror", None) or str(error)  # not itself, which has this frame
         raise ProtocolError(f"cannot map {size:#x} bytes of guest memory: {what}") from error

@@ -51,8 +51,9 @@ def main() -> int:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="scripts/fuzz",
-        description="Hostile guests for rings, devices and worker processes, nonsense for message queues. Ends with 0 "
-        "where all keep what they promise, with a traceback and the way to have it again where one does not.",
+        description="Hostile guests for rings, devices and worker processes, hostile front ends of vhost-user, and "
+        "nonsense for message queues. Ends with 0 where all keep what they promise, with a traceback and the way to "
+        "have it again where one does not.",
     )
     parser.add_argument(
         "--chains", type=int, default=100_000, metavar="N", help="how many in all, messages not counted (100000)"

@@ -14,6 +14,7 @@ from fuzzing.devices import FuzzedBlock, FuzzedConsole, FuzzedNet, FuzzedRng
 from fuzzing.messages import FuzzedLauncher, FuzzedMailbox, FuzzedMailboxProcess, Unpack
 from fuzzing.processes import FuzzedProcess
 from fuzzing.rings import Rings
+from fuzzing.vhost_user import FuzzedServe, FuzzedVhostUser
 
 # A case that takes so long, in seconds, hangs.
 PATIENCE = 120.0
@@ -48,9 +49,11 @@ TARGETS: dict[str, tuple[Callable[[], Target], float]] = {
     "mailbox": (FuzzedMailbox, 0.1),
     "mailbox process": (FuzzedMailboxProcess, 0.002),
     "launcher": (FuzzedLauncher, 0.05),
+    "vhost-user": (FuzzedVhostUser, 1.0),
+    "vhost-user process": (FuzzedServe, 0.05),
 }
 # Those in this process, of which a fuzzer can see what its bytes lead to.
-GUIDED = ("rings", "block", "net", "console", "rng", "messages", "mailbox")
+GUIDED = ("rings", "block", "net", "console", "rng", "messages", "mailbox", "vhost-user")
 
 
 def run_case(target: Target, seed: int, case: int) -> None:
