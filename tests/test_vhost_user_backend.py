@@ -514,24 +514,52 @@ def test_a_ring_may_move(connection: Connection) -> None:
 # Resets
 
 
-@pytest.mark.parametrize(
-    ("request_", "payload"), [(Request.RESET_DEVICE, b""), (Request.SET_STATUS, U64.pack(0))], ids=["reset", "status"]
-)
-def test_a_reset_stops_all_rings_and_another_driver_begins(
-    connection: Connection, request_: Request, payload: bytes
-) -> None:
+def test_a_reset_stops_all_rings_and_another_driver_begins(connection: Connection) -> None:
     queue = connection.begin()
     connection.start(1)
     connection.tell(Request.SET_STATUS, U64.pack(15))
     connection.offer(3)
     pop(queue)
-    connection.tell(request_, payload)
+    connection.tell(Request.RESET_DEVICE)
     assert connection.running() == []
     assert connection.resets == 1
     assert connection.tell(Request.GET_STATUS) == U64.pack(0)
     connection.driver.reset()
     heads = connection.offer(2)
     assert pop(connection.start()) == heads
+
+
+def test_a_status_of_zero_halts_the_rings_where_they_are(connection: Connection) -> None:
+    # QEMU sends it before it asks for the base, also where the guest is merely paused.
+    queue = connection.begin()
+    connection.tell(Request.SET_STATUS, U64.pack(15))
+    heads = connection.offer(3)
+    pop(queue, 2)
+    queue.push(heads[0], 0)
+    connection.tell(Request.SET_STATUS, U64.pack(0))
+    assert connection.running() == []
+    assert connection.tell(Request.GET_STATUS) == U64.pack(0)
+    base = connection.stop()
+    assert base == 1
+    assert pop(connection.start(base=base)) == heads[1:]
+    assert connection.resets == 0
+
+
+@pytest.mark.parametrize("asks_for_the_base", [True, False])
+def test_a_device_whose_rings_begin_anew_after_a_status_of_zero_was_reset(
+    connection: Connection, asks_for_the_base: bool
+) -> None:
+    queue = connection.begin()
+    connection.offer(3)
+    pop(queue, 2)
+    connection.tell(Request.SET_STATUS, U64.pack(0))
+    if asks_for_the_base:
+        connection.stop()
+    assert connection.resets == 0
+    connection.driver.reset()
+    heads = connection.offer(2)
+    assert pop(connection.start(base=0)) == heads
+    assert connection.resets == 1
 
 
 def test_the_owners_end_stops_nothing_but_service(connection: Connection) -> None:

@@ -125,6 +125,8 @@ class Vring:
         self.call_may_block = False
         self.error: int | None = None
         self.started = False
+        # Whether the status was set to 0 since: it is not served, and where it has come to is still to be asked for.
+        self.halted = False
         self.enabled = False
         # Whether the driver broke a rule since it was started.
         self.broken = False
@@ -160,6 +162,8 @@ class Backend:
         self.features = 0
         self.protocol_features = 0
         self.status = 0
+        # Whether the status was set to 0 since a ring was started.
+        self._reset_is_due = False
         self.memory = Regions()
         self.vrings = [Vring(index) for index in range(queues)]
         # What the front end keeps of the requests in flight: a region for each ring, of so many descriptors.
@@ -195,11 +199,12 @@ class Backend:
 
     def running(self) -> list[Vring]:
         """The rings that are to be served now; each has a `queue`."""
-        return [ring for ring in self.vrings if ring.queue is not None and self._enabled(ring) and not ring.broken]
+        return [ring for ring in self.vrings if ring.queue is not None and self._is_served(ring)]
 
-    def _enabled(self, ring: Vring) -> bool:
+    def _is_served(self, ring: Vring) -> bool:
         # Who knows nothing of protocol features knows nothing of SET_VRING_ENABLE.
-        return ring.enabled or not self.features >> VHOST_USER_F_PROTOCOL_FEATURES & 1
+        enabled = ring.enabled or not self.features >> VHOST_USER_F_PROTOCOL_FEATURES & 1
+        return enabled and not ring.halted and not ring.broken
 
     def handle(self, message: Message) -> tuple[bytes, int | None] | None:
         """Obey a message; gives what to answer, with a descriptor that is to be closed when it is sent.
@@ -265,15 +270,18 @@ class Backend:
         if status:
             # That it needs a reset is the device's to say, and no driver can take it back (virtio 1.0, section 2.1.2).
             self.status = status | self.status & VIRTIO_CONFIG_S_NEEDS_RESET
-        else:
-            self.status = 0
-            self._reset()
+            return
+        # QEMU sends this before GET_VRING_BASE, and where the guest is merely paused as well. Whether its driver has
+        # reset the device shows when its rings begin anew, or do not.
+        self._host.suspend()
+        self.status = 0
+        self._reset_is_due = True
+        for ring in self.vrings:
+            ring.halted = ring.started
 
     def _reset_device(self, _message: Message) -> None:
         self.status = 0
-        self._reset()
-
-    def _reset(self) -> None:
+        self._reset_is_due = False
         self._host.reset()
         for ring in self.vrings:
             inflight = ring.inflight
@@ -337,6 +345,8 @@ class Backend:
     def _stopped_ring(self, message: Message) -> tuple[Vring, int]:
         index, number = message.fields(VRING_STATE)
         ring = self._ring(message, index)
+        if ring.halted:
+            self._stop(ring)
         if ring.started:
             raise ProtocolError(f"{message.name} for ring {index} while it is started")
         return ring, number
@@ -408,6 +418,8 @@ class Backend:
         if descriptor is None:
             raise ProtocolError(f"ring {ring.index} is to be polled, having no descriptor for kicks: give it one")
         self._host.suspend()
+        if ring.halted:
+            self._stop(ring)
         ring.kick, old = descriptor, ring.kick
         if old is not None:
             os.close(old)
@@ -436,6 +448,10 @@ class Backend:
         queue.begin(ring.base)
         ring.lag = queue.lag
         ring.started = True
+        if self._reset_is_due:
+            self._reset_is_due = False
+            if not (ring.base or ring.inflight.used_idx or any(ring.inflight.inflight)):
+                self._host.reset()
 
     def _make_queue(self, ring: Vring, layout: VringLayout) -> Virtqueue:
         """Look at a ring where it is now. Raises ProtocolError."""
@@ -463,7 +479,7 @@ class Backend:
             ring.left = ring.inflight if any(ring.inflight.inflight) else None
         ring.queue = ring.inflight = None
         ring.lag = 0
-        ring.started = ring.broken = False
+        ring.started = ring.halted = ring.broken = False
         if ring.kick is not None:
             os.close(ring.kick)
             ring.kick = None
