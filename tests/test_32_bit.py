@@ -41,7 +41,8 @@ ENVIRONMENT = {
 # Those that neither run guests on the embedded host nor build anything.
 UNIT_TESTS = (
     *("ring", "ring_properties", "bus", "control", "mailbox", "shared_file", "vectors", "waker", "terminal"),
-    *("block_device", "modern_block_device", "console_device", "net_device", "rng_device", "worker_process", "network"),
+    *("block_device", "modern_block_device", "net_device", "modern_net_device", "console_device", "rng_device"),
+    *("worker_process", "network", "vhost_user_messages"),
     *("loader_boot", "loader_bzimage", "loader_elf", "loader_files", "loader_memory_size", "loader_page_tables"),
     *("kernel_protocol", "getopt_long", "embedded_descriptors", "embedded_paging"),
 )

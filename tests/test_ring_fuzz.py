@@ -10,7 +10,7 @@ from random import Random
 
 import pytest
 from fuzzing.choices import OfBytes
-from fuzzing.devices import FuzzedBlock, FuzzedConsole, FuzzedDevice, FuzzedNet, FuzzedRng
+from fuzzing.devices import FuzzedBlock, FuzzedConsole, FuzzedDevice, FuzzedModernNet, FuzzedNet, FuzzedRng
 from fuzzing.messages import Unpack
 from fuzzing.rings import Rings
 from fuzzing.targets import TARGETS, Target, run_case
@@ -43,7 +43,7 @@ def test_any_ring_is_served_or_refused(data: bytes, seed: int) -> None:
         Rings().run(random)
 
 
-@pytest.mark.parametrize("kind", [FuzzedBlock, FuzzedNet, FuzzedConsole, FuzzedRng])
+@pytest.mark.parametrize("kind", [FuzzedBlock, FuzzedNet, FuzzedModernNet, FuzzedConsole, FuzzedRng])
 def test_any_requests_are_answered_or_refused(kind: type[FuzzedDevice]) -> None:
     with closing(kind()) as device:
 

@@ -48,9 +48,9 @@ _FRAMES = 7
 _BEYOND = b"\xc3" * 5000
 _KINDS = (0, 1, 2, 3, 4, 5, 8, 9, 11, 13, 0x80000000, 0x80000001, 0x80000005, 0xFFFFFFFF)
 _INDIRECT = 1 << VIRTIO_RING_F_INDIRECT_DESC
-_MODERN_DISK = (
-    1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_BLK_F_FLUSH | 1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES
-)
+_VERSION_1 = 1 << VIRTIO_F_VERSION_1
+_MERGED = 1 << virtio_net.VIRTIO_NET_F_MRG_RXBUF
+_MODERN_DISK = _VERSION_1 | 1 << VIRTIO_BLK_F_FLUSH | 1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES
 _ANY_LAYOUT = 1 << VIRTIO_F_ANY_LAYOUT
 
 
@@ -283,7 +283,7 @@ class FuzzedNet(FuzzedDevice):
 
     name = "net"
     queues = virtio_net.QUEUES
-    features = (_INDIRECT | _ANY_LAYOUT, _INDIRECT, 0)
+    features: tuple[int, ...] = (_INDIRECT | _ANY_LAYOUT, _INDIRECT, 0)
 
     def __init__(self) -> None:
         """No stream yet: each card has its own."""
@@ -364,6 +364,27 @@ class FuzzedNet(FuzzedDevice):
         struct.pack_into("<QIHHQIHH", view, layout.desc, 0, 10, 1, 1, 0x40, len(frame), 0, 0)
         struct.pack_into("<HHH", view, layout.avail, 0, 1, 0)
         return 1
+
+
+class FuzzedModernNet(FuzzedNet):
+    """A card whose driver has the longer header, and may have frames in several buffers."""
+
+    name = "modern net"
+    features = tuple(
+        bits | indirect
+        for bits in (_VERSION_1, _VERSION_1 | _MERGED, _VERSION_1 | _MERGED, _MERGED)
+        for indirect in (_INDIRECT, 0)
+    )
+
+    def request(self, random: Random, queue: int) -> list[Part]:
+        """Buffers too short for a frame as well."""
+        size = random.choice((0, 1, 14, 60, 700, 1514, 4000))
+        if queue == virtio_net.RECEIVE_QUEUE:
+            more = random.choice((0, 0, 1, 2))
+            return [random.choice((12, 12, 20, size + 12)), *(random.choice((0, 5, size)) for _ in range(more))]
+        header = bytes(random.choice((12, 12, 12, 11, 10, 30)))
+        frame = random.randbytes(min(size, 60)).ljust(size, b"f")
+        return [header + frame] if random.random() < 0.5 else [header, frame]
 
 
 class FuzzedConsole(FuzzedDevice):

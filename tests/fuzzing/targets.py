@@ -10,7 +10,7 @@ from random import Random
 from typing import Protocol
 
 from fuzzing.choices import OfBytes, of_seed
-from fuzzing.devices import FuzzedBlock, FuzzedConsole, FuzzedNet, FuzzedRng
+from fuzzing.devices import FuzzedBlock, FuzzedConsole, FuzzedModernNet, FuzzedNet, FuzzedRng
 from fuzzing.messages import FuzzedLauncher, FuzzedMailbox, FuzzedMailboxProcess, Unpack
 from fuzzing.processes import FuzzedProcess
 from fuzzing.rings import Rings
@@ -39,6 +39,7 @@ TARGETS: dict[str, tuple[Callable[[], Target], float]] = {
     "rings": (Rings, 0.3),
     "block": (FuzzedBlock, 0.15),
     "net": (FuzzedNet, 0.15),
+    "modern net": (FuzzedModernNet, 0.15),
     "console": (FuzzedConsole, 0.1),
     "rng": (FuzzedRng, 0.1),
     "block process": (partial(FuzzedProcess, FuzzedBlock), 0.05),
@@ -53,7 +54,7 @@ TARGETS: dict[str, tuple[Callable[[], Target], float]] = {
     "vhost-user process": (FuzzedServe, 0.05),
 }
 # Those in this process, of which a fuzzer can see what its bytes lead to.
-GUIDED = ("rings", "block", "net", "console", "rng", "messages", "mailbox", "vhost-user")
+GUIDED = ("rings", "block", "net", "modern net", "console", "rng", "messages", "mailbox", "vhost-user")
 
 
 def run_case(target: Target, seed: int, case: int) -> None:
