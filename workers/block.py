@@ -65,21 +65,17 @@ if TYPE_CHECKING:
 
 # What lseek(2) takes.
 _OFFSET_MAX = (1 << 63) - 1
-# How many requests are looked at and answered together: more saves little, and makes the first of them wait.
-_GROUP = 8
-# A read of this size or more is answered by itself.
-_ALONE_BYTES = 32 << 10
 # Writes that are neighbours on the disk are done by one system call up to this size.
 _TOGETHER_BYTES = 64 << 10
-# A modern driver runs beside us, and decides itself when it wants to hear of answers: it is told once there are answers
-# of so many bytes, and not only at the end of a batch.
-_TELL_BYTES = 64 << 10
+# How many requests are looked at and answered together: more saves little, and makes the first of them wait.
+_GROUP = 8
+# Linux makes a request of few segments three of them: a header, data, and the status.
+_FEW_SEGMENTS = 3
 # Where the file system cannot make zeros, they are written, so many at a time.
 _ZERO_BYTES = 1 << 20
 
 _unpack_header = HEADER.unpack
 _unpack_header_at = HEADER.unpack_from
-_NONE: list[Request] = []
 
 
 class Block(RequestDevice):
@@ -113,7 +109,6 @@ class Block(RequestDevice):
         self._may_write = not read_only  # without more ado
         self._any_layout = False
         self._tells_early = False
-        self._tell_bytes = _OFFSET_MAX
         # The kinds of request that go with a feature, where the driver accepted that.
         self._range_kinds: tuple[int, ...] = ()
 
@@ -124,7 +119,6 @@ class Block(RequestDevice):
         self._may_write = self._write_back and not self.read_only
         self._any_layout = bool(features & (1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_F_ANY_LAYOUT))
         self._tells_early = bool(features >> VIRTIO_F_VERSION_1 & 1)
-        self._tell_bytes = _TELL_BYTES if self._tells_early else _OFFSET_MAX
         kinds = ((VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_T_DISCARD), (VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_T_WRITE_ZEROES))
         self._range_kinds = tuple(kind for feature, kind in kinds if features >> feature & 1)
 
@@ -136,126 +130,123 @@ class Block(RequestDevice):
                 more = True
         return more
 
-    def serve_ring(self, number: int, queue: Virtqueue) -> bool:  # noqa: PLR0912, PLR0915  the hot path, in one piece
-        """Answer what is in ring `number`, at most BATCH requests; gives whether there may be more.
+    def serve_ring(self, number: int, queue: Virtqueue) -> bool:
+        """Answer what is in ring `number` now, at most BATCH requests; gives whether there is more.
 
         Raises RingError where the driver broke a rule.
         """
-        peek = queue.peek
+        waiting = min(queue.waiting, BATCH)
+        # A modern driver runs beside us. It hears of the first half, and goes on with that while the second is done. To
+        # tell it costs as much as several requests, so it does not hear of each.
+        until = (waiting + 1) // 2 if self._tells_early else waiting
+        view = queue.view
+        given = 0
+        done = told = 0
+        peeks = True
+        try:
+            while done < waiting:
+                requests = queue.peek(min(waiting - done, _GROUP), HEADER_BYTES, STATUS_BYTES) if peeks else None
+                at = 0
+                while requests and at < len(requests):
+                    # Writes are cheaper together than told of early.
+                    written = self._do_reads(view, requests[at : at + until - done])
+                    written = written or self._do_writes(view, requests[at:])
+                    if not written:
+                        break
+                    queue.answer(written)
+                    given += sum(written)
+                    at += len(written)
+                    done += len(written)
+                    if done >= until:
+                        self.notifier.used(number)
+                        told = done
+                        until = waiting
+                if not at:
+                    # The next one is of another kind or shape, or one that fails.
+                    chain = queue.pop()
+                    if chain is None:
+                        break  # the driver has taken back what it said
+                    # Who cuts a request into many segments does the same to the next one, which `peek` would not show.
+                    peeks = len(chain[1]) + len(chain[2]) <= _FEW_SEGMENTS
+                    given += self._answer_one(number, queue, chain)
+                    done += 1
+                    if done >= until:
+                        self.notifier.used(number)
+                        told = done
+                        until = waiting
+        finally:
+            self.statistics[BYTES_IN] += given
+            if told != done:
+                self.notifier.used(number)
+        return queue.waiting > 0
+
+    def _do_reads(self, view: memoryview, requests: Sequence[Request]) -> list[int]:
+        """Do the reads that `requests` begin with, straight into the guest's pages: the hot path.
+
+        Gives the number of bytes written for each that is done. What is no read, or fails, ends it.
+        """
         read = preadv
         fd = self.fd
         disk_end = self.size
-        left = BATCH
-        peeks = True
-        given = 0  # bytes that were given
-        untold = 0  # these, and bytes that were written, as far as the driver was not told of them
-        while left:
-            wanted = left if left < _GROUP else _GROUP
-            requests = peek(wanted, HEADER_BYTES, STATUS_BYTES) if peeks else _NONE
-            if requests is None:
-                break
-            at = 0
-            while at < len(requests):
-                view = queue.view
-                answers = []
-                size = 0
-                for head, header, start, end, is_read, status in requests[at:] if at else requests:
-                    # The hot path: one read, straight into the guest's pages.
-                    kind, _, sector = _unpack_header_at(view, header)
-                    count = end - start
-                    offset = sector * SECTOR_BYTES
-                    if not is_read or kind != VIRTIO_BLK_T_IN or offset + count > disk_end or count % SECTOR_BYTES:
-                        break
-                    try:
-                        if read(fd, [view[start:end]], offset) != count:
-                            break
-                    except OSError:
-                        break  # it fails again below, and is said
-                    view[status] = VIRTIO_BLK_S_OK
-                    count += STATUS_BYTES
-                    answers.append((head, count))
-                    size += count
-                    if count > _ALONE_BYTES:
-                        break
-                if answers:
-                    queue.answer(answers)
-                    given += size
-                    at += len(answers)
-                else:
-                    count, size = self._write_neighbours(queue, requests, at)
-                    if not count:
-                        break
-                    given += count
-                    at += count
-                    size += count
-                untold += size
-                if untold >= self._tell_bytes:
-                    self.notifier.used(number)
-                    untold = 0
-            left -= at
-            if at < len(requests) or not requests:
-                # The next one is of another kind or shape, or one that fails, or there is none.
-                chain = queue.pop()
-                if chain is None:
-                    break
-                left -= 1
-                # Who cuts a request into many segments does the same to the next one, which `peek` would not show.
-                peeks = len(chain[1]) + len(chain[2]) <= 3
-                size = self._answer_one(number, queue, chain)
-                given += size
-                untold += size
-                if untold >= self._tell_bytes:
-                    self.notifier.used(number)
-                    untold = 0
-            elif untold and self._tells_early and len(requests) < wanted:
-                # There is nothing more, it seems: whoever waits for these need not wait until that is certain.
-                self.notifier.used(number)
-                untold = 0
-        self.statistics[BYTES_IN] += given
-        if untold:
-            self.notifier.used(number)
-        return not left
-
-    def _write_neighbours(self, queue: Virtqueue, requests: Sequence[Request], at: int) -> tuple[int, int]:
-        """Do the write `requests[at]`, and those that follow it there and on the disk, by one system call.
-
-        A call costs much more than what it copies, other than that of a read. Gives how many requests that were, which
-        are answered, and their size in bytes. That is none where it is no write, or one that has to be done by itself.
-        """
-        if not self._may_write:
-            return 0, 0
-        view = queue.view
-        segments: list[memoryview] = []
-        answers: list[tuple[int, int]] = []
-        statuses: list[int] = []
-        first = place = size = 0
-        for head, header, start, end, is_read, status in requests[at:]:
+        written: list[int] = []
+        for header, start, end, is_read, status in requests:
             kind, _, sector = _unpack_header_at(view, header)
+            size = end - start
             offset = sector * SECTOR_BYTES
-            count = end - start
-            if is_read or kind != VIRTIO_BLK_T_OUT or count % SECTOR_BYTES or offset + count > self.size:
+            if not is_read or kind != VIRTIO_BLK_T_IN or offset + size > disk_end or size % SECTOR_BYTES:
                 break
-            if not segments:
-                first = place = offset
-            elif offset != place or size + count > _TOGETHER_BYTES:
-                break
-            segments.append(view[start:end])
-            answers.append((head, STATUS_BYTES))
-            statuses.append(status)
-            place += count
-            size += count
-        if not segments:
-            return 0, 0
-        try:
-            if pwritev(self.fd, segments, first) != size:
-                return 0, 0
-        except OSError:
-            return 0, 0  # which of them fails, and why, shows when each is done by itself
-        for status in statuses:
+            try:
+                if read(fd, [view[start:end]], offset) != size:
+                    break
+            except OSError:
+                break  # it fails again when it is done by itself, and is said
             view[status] = VIRTIO_BLK_S_OK
-        queue.answer(answers)
-        self.statistics[BYTES_OUT] += size
-        return len(answers), size
+            written.append(size + STATUS_BYTES)
+        return written
+
+    def _do_writes(self, view: memoryview, requests: Sequence[Request]) -> list[int]:
+        """Do the writes that `requests` begin with, neighbours on the disk by one system call; as `_do_reads`.
+
+        A call costs much more than what it copies, other than that of a read.
+        """
+        segments: list[memoryview] = []
+        start_of_run = place = 0
+        count = done = written = 0
+        for header, start, end, is_read, status in requests if self._may_write else ():
+            kind, _, sector = _unpack_header_at(view, header)
+            size = end - start
+            offset = sector * SECTOR_BYTES
+            if is_read or kind != VIRTIO_BLK_T_OUT or offset + size > self.size or size % SECTOR_BYTES:
+                break
+            if offset != place or place + size - start_of_run > _TOGETHER_BYTES:
+                if not self._write_run(segments, start_of_run, place):
+                    segments = []
+                    break
+                done = count
+                segments = []
+                if written >= _TOGETHER_BYTES:
+                    break  # it is time to tell of these
+                start_of_run = place = offset
+            segments.append(view[start:end])
+            place += size
+            written += size
+            view[status] = VIRTIO_BLK_S_OK  # the driver does not look before the answer
+            count += 1
+        if segments and self._write_run(segments, start_of_run, place):
+            done = count
+        return [STATUS_BYTES] * done
+
+    def _write_run(self, segments: Sequence[memoryview], start: int, end: int) -> bool:
+        """Write to the disk from byte `start` to byte `end`; gives whether that went well."""
+        if not segments:
+            return True
+        try:
+            if pwritev(self.fd, segments, start) != end - start:
+                return False
+        except OSError:
+            return False  # which of them fails, and why, shows when each is done by itself
+        self.statistics[BYTES_OUT] += end - start
+        return True
 
     def _answer_one(self, number: int, queue: Virtqueue, chain: Chain) -> int:
         """Answer any request; gives how many bytes were given. Raises RingError."""

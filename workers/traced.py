@@ -199,6 +199,16 @@ class TracedVirtqueue:
         """Nothing: what is to be told of goes by `pop` and `push`."""
         return []
 
+    @property
+    def view(self) -> memoryview:
+        """As Virtqueue has it."""
+        return self._queue.view
+
+    @property
+    def waiting(self) -> int:
+        """As Virtqueue has it."""
+        return self._queue.waiting
+
     def push(self, head: int, written: int) -> None:
         """As Virtqueue has it; tells of the answer."""
         writable = self._writable.pop(head, ())

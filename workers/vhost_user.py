@@ -6,10 +6,6 @@ epoll.
 
 A kick is edge-triggered, so that an eventfd need not be read. While there is something to do the driver is asked not to
 kick, and only before this process sleeps is it asked to again, with a look whether it has gone on meanwhile.
-
-To be woken takes longer than most requests. So where a kick has come right after this process went to sleep, it looks
-at the rings for a moment before it sleeps again; for longer, the more often that has been of use, and soon no more
-where it has not: an idle device costs nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +16,7 @@ import os
 import select
 import signal
 from array import array
-from time import monotonic, monotonic_ns
+from time import monotonic
 
 from lgmp.control import INTERRUPTS, KICKS, ControlPage
 from lgmp.errors import LgmpError, say
@@ -43,12 +39,6 @@ if TYPE_CHECKING:
 _PATIENCE = 2.0
 # How long an answer may take to be read, in seconds; it is a few bytes, and the front end waits for it.
 _REPLY_PATIENCE = 5
-# A sleep of less than this, in nanoseconds, of which being woken is half, would have been better spent looking on.
-_SHORT_SLEEP = 120_000
-# How many looks that makes, at least and at most; one takes some 30 nanoseconds.
-_FEW_LOOKS = 100
-_MOST_LOOKS = 1600
-_LOOKS_IN_TURN = 20
 _INT_BYTES = array("i").itemsize
 _CALL = 1
 
@@ -61,6 +51,8 @@ class IdleRing:
     indirect = False
     interrupts_suppressed = True
     num = 0
+    waiting = 0
+    view = memoryview(b"")
 
     def __init__(self, name: str) -> None:
         """`name` as of a Virtqueue."""
@@ -208,9 +200,6 @@ class Server:
         self._kicks: set[int] = set()
         # By the numbers of the rings: those that run.
         self._calls: list[Vring | None] = [None] * self._queue_count
-        # How often to look at the rings before going to sleep, and since when this process sleeps.
-        self._looks = 0
-        self._asleep = 0
         self._stopping = False
         self._bell, self._doorbell = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._epoll.register(self._bell, select.EPOLLIN)
@@ -255,7 +244,7 @@ class Server:
         call = ring.call
         if call is not None:
             self._device.statistics[INTERRUPTS] += 1
-            _signal(call, ring.call_may_block)
+            _signal(call)
 
     def quit(self) -> None:
         """The user has asked for the end, by three ^C: this process's."""
@@ -304,10 +293,8 @@ class Server:
                 more = False
             elif kicked or more:
                 if kicked:
-                    self._count_kick()
-                more = self._serve_rings() or (not wanted and self._look_again())
-                if not more:
-                    more = self._enable_kicks()
+                    self._device.statistics[KICKS] += 1
+                more = self._serve_rings() or self._enable_kicks()
         if self._stopping:
             self._finish()
 
@@ -323,11 +310,6 @@ class Server:
             self._ready(descriptor, events)
         return kicked
 
-    def _count_kick(self) -> None:
-        self._device.statistics[KICKS] += 1
-        if monotonic_ns() - self._asleep < _SHORT_SLEEP:
-            self._looks = min(2 * self._looks or _FEW_LOOKS, _MOST_LOOKS)
-
     def _serve_rings(self) -> bool:
         """Serve what is in the rings; gives whether there is more to do at once."""
         queues = self._queues
@@ -341,28 +323,12 @@ class Server:
             return False
         return more
 
-    def _look_again(self) -> bool:
-        """Look at the rings for a moment; gives whether there is something."""
-        looks = self._looks
-        queues = self._queues
-        if not looks or not queues:  # the driver may have broken a rule just now
-            return False
-        # A few at a time, where there are several.
-        each = looks if len(queues) == 1 else _LOOKS_IN_TURN
-        for _ in range(looks // each // len(queues) or 1):
-            for queue in queues:
-                if queue.spin(each):
-                    return True
-        self._looks = looks >> 1 if looks > _FEW_LOOKS else 0
-        return False
-
     def _enable_kicks(self) -> bool:
         """This process is about to sleep; gives whether there is something to do instead."""
         more = False
         for queue in self._queues:
             if queue.enable_kicks():
                 more = True
-        self._asleep = monotonic_ns()
         return more
 
     def _finish(self) -> None:
@@ -433,7 +399,7 @@ class Server:
         self._device.reset()
         for ring in broken:
             if ring.error is not None:
-                _signal(ring.error, may_block=True)
+                _signal(ring.error)
 
     # Front ends
 
@@ -544,14 +510,9 @@ class Server:
             self._hang_up()
 
 
-def _signal(descriptor: int, may_block: bool) -> None:
+def _signal(descriptor: int) -> None:
     """Add one to an eventfd of the front end's, which may be none and may be full: neither is our trouble."""
-    try:
-        if may_block:
-            poll = select.poll()
-            poll.register(descriptor, select.POLLOUT)
-            if not poll.poll(0):
-                return
+    try:  # noqa: SIM105  contextlib is costly to import
         os.eventfd_write(descriptor, _CALL)
     except OSError:
         pass  # full, so it is signalled; or no eventfd, so nobody hears

@@ -121,8 +121,6 @@ class Vring:
         self.addresses: tuple[int, int, int] | None = None
         self.kick: int | None = None
         self.call: int | None = None
-        # Whether a write to that may wait, which one to an eventfd does where it is full.
-        self.call_may_block = False
         self.error: int | None = None
         self.started = False
         # Whether the status was set to 0 since: it is not served, and where it has come to is still to be asked for.
@@ -398,12 +396,14 @@ class Backend:
         if word & VHOST_USER_VRING_NOFD_MASK:
             message.take(0)
             return ring, None
-        return ring, message.take()[0]
+        (descriptor,) = message.take()
+        # For the front end as well: a write to an eventfd that it has filled would wait for ever.
+        os.set_blocking(descriptor, False)
+        return ring, descriptor
 
     def _set_vring_call(self, message: Message) -> None:
         ring, descriptor = self._vring_descriptor(message)
         ring.call, old = descriptor, ring.call
-        ring.call_may_block = descriptor is not None and os.get_blocking(descriptor)
         if old is not None:
             os.close(old)
 

@@ -20,6 +20,7 @@ descriptor is unpacked in one call, and nothing is allocated per request but the
 from __future__ import annotations
 
 from _thread import allocate_lock
+from array import array
 from struct import Struct
 
 from lgmp.errors import LgmpError
@@ -40,9 +41,9 @@ if TYPE_CHECKING:
 
     from lgmp.virtio.inflight import InflightRegion
 
-    # What `Virtqueue.peek` gives: the head; where in `Virtqueue.view` the header begins, the data begins and ends;
-    # whether the data is to be written; where the trailer begins.
-    Request: TypeAlias = tuple[int, int, int, int, bool, int]
+    # What `Virtqueue.peek` gives: where in `Virtqueue.view` the header begins, the data begins and ends; whether the
+    # data is to be written; where the trailer begins.
+    Request: TypeAlias = tuple[int, int, int, bool, int]
 
     class Memory(Protocol):
         """What a ring needs of guest memory: lgmp.memory.GuestMemory is one, lgmp.vhost_user.regions.Regions another.
@@ -67,9 +68,18 @@ USED_ELEMENT_BYTES = 8
 
 # One descriptor {u64 addr, u32 len, u16 flags, u16 next}, and three that lie side by side.
 _unpack_one = Struct("<QIHH").unpack_from
+_iterate = Struct("<QIHH").iter_unpack
 _unpack_three = Struct("<QIHHQIHHQIHH").unpack_from
+# The same with flags and next as one number, their link: it is compared as one.
+_unpack_linked = Struct("<QIIQIIQII").unpack_from
 
 _NEXT_WRITE = VRING_DESC_F_NEXT | VRING_DESC_F_WRITE
+# The links of the first two of three that lie side by side, beyond head << 16.
+_FIRST_LINK = VRING_DESC_F_NEXT | 1 << 16
+_SECOND_LINK = VRING_DESC_F_NEXT | 2 << 16
+_SECOND_LINK_WRITE = _NEXT_WRITE | 2 << 16
+# With fewer answers than these there is nothing to gain by making arrays of them.
+_FEW = 4
 
 # Requests are numbered in 64 bits. Who finds larger numbers than this in a region was not left them by one of us.
 _COUNTER_MAX = 1 << 62
@@ -167,6 +177,7 @@ class Virtqueue:
         "_next_avail",
         "_next_used",
         "_num",
+        "_peeked",
         "_region",
         "_seen",
         "_used_event",
@@ -231,6 +242,8 @@ class Virtqueue:
         self.lag = 0
         # Heads that a predecessor had taken and not given back, the next one last.
         self._again: list[int] = []
+        # Heads that `peek` has looked at, and that were not answered.
+        self._peeked: list[int] = []
         # The index of avail when it was last looked at, and that of used when a call was last asked about.
         self._seen = 0
         self._called_for = -1
@@ -436,70 +449,83 @@ class Virtqueue:
             return None
         if ready > count:
             return found
+        ready = min(ready, most)
+        at = 2 + at % count
+        self._peeked = heads = avail[at : at + ready].tolist()
+        if len(heads) < ready:
+            heads += avail[2 : 2 + ready - len(heads)].tolist()
         table = self._desc
         view = self._view
         low = self._low
         limit = self._limit
-        for _ in range(min(ready, most)):
-            head = avail[2 + at % count]
-            if head + 3 > count:
+        last_head = count - 3
+        last_header = limit - header
+        last_trailer = limit - trailer
+        for head in heads:
+            if head > last_head:
                 break
-            start, size, flags, follows, data, data_size, kind, data_follows, last, last_size, last_flags, _ = (
-                _unpack_three(table, head << 4)
-            )
-            first = head
-            if flags == VRING_DESC_F_INDIRECT:
+            start, size, link, data, data_size, data_link, end, end_size, end_link = _unpack_linked(table, head << 4)
+            base = head << 16
+            if link & VRING_DESC_F_INDIRECT:
                 if size != 3 * DESCRIPTOR_BYTES or not self.indirect or start < low or start + size > limit:
                     break
-                start, size, flags, follows, data, data_size, kind, data_follows, last, last_size, last_flags, _ = (
-                    _unpack_three(view, start)
-                )
-                first = 0
-            end = data + data_size
+                if link & 0xFFFF != VRING_DESC_F_INDIRECT:
+                    break
+                start, size, link, data, data_size, data_link, end, end_size, end_link = _unpack_linked(view, start)
+                base = 0
+            data_end = data + data_size
+            data_link -= base
             if (
-                size != header
-                or last_size != trailer
-                or flags != VRING_DESC_F_NEXT
-                or last_flags != VRING_DESC_F_WRITE
-                or follows != first + 1
-                or data_follows != first + 2
-                or (kind | VRING_DESC_F_WRITE) != _NEXT_WRITE
-                or not start >= low <= data
-                or last < low
-                or start + header > limit
-                or end > limit
-                or last + trailer > limit
+                link - base != _FIRST_LINK
+                or (data_link != _SECOND_LINK_WRITE and data_link != _SECOND_LINK)  # noqa: PLR1714  made for speed
+                or end_link & 0xFFFF != VRING_DESC_F_WRITE
+                or size != header
+                or end_size != trailer
+                or start > last_header
+                or data_end > limit
+                or end > last_trailer
+                or (low and (start < low or data < low or end < low))
             ):
                 break
-            found.append((head, start, data, end, kind == _NEXT_WRITE, last))
-            at += 1
+            found.append((start, data, data_end, data_link == _SECOND_LINK_WRITE, end))
         return found
 
-    def answer(self, answers: Sequence[tuple[int, int]]) -> None:
-        """Take and give back the chains that `peek` has shown, the first of them in that order: (head, bytes written).
+    def answer(self, written: list[int]) -> None:
+        """Take and give back the first of the chains that `peek` has shown, in that order: bytes written to each.
 
         The driver sees all of them or none.
         """
         index = self._next_used
         count = self._num
-        ids = self._used_id
-        lengths = self._used_len
-        for head, written in answers:
-            slot = index % count
-            ids[slot] = head
-            lengths[slot] = written
-            index += 1
-        self._next_avail = (self._next_avail + len(answers)) & 0xFFFF
-        self._next_used = index = index & 0xFFFF
+        number = len(written)
+        heads = self._peeked
+        slot = index % count
+        end = slot + number
+        if number < _FEW or end > count:
+            for head, length in zip(heads, written, strict=False):
+                self._used_id[slot] = head
+                self._used_len[slot] = length
+                slot = (slot + 1) % count
+        else:
+            self._used_id[slot:end] = array("I", heads[:number])
+            self._used_len[slot:end] = array("I", written)
+        del heads[:number]
+        self._next_avail = (self._next_avail + number) & 0xFFFF
+        self._next_used = index = (index + number) & 0xFFFF
         self._used_head[1] = index
         self._header[USED_IDX_U16] = index
+
+    @property
+    def waiting(self) -> int:
+        """How many chains there are to take; whatever the driver says, if it broke a rule."""
+        return ((self._avail[1] - self._next_avail) & 0xFFFF) + len(self._again)
 
     @property
     def view(self) -> memoryview:
         """The memory that the places of a `Request` are in."""
         return self._view
 
-    def _walk(self, head: int) -> tuple[int, list[memoryview], list[memoryview]]:
+    def _walk(self, head: int) -> tuple[int, list[memoryview], list[memoryview]]:  # noqa: PLR0912  one for each rule
         """The chain that begins with descriptor `head`, as `pop` gives it."""
         view = self._view
         low = self._low
@@ -525,6 +551,8 @@ class Virtqueue:
                 self._check_indirect(at, through, size, flags)
                 through = at
                 table = memoryview(b"".join((segment, *others))) if others else segment
+                if not readable and not writable and (straight := self._straight(table)) is not None:
+                    return head, *straight
                 count = left = size >> 4
                 at = 0
                 continue
@@ -543,6 +571,34 @@ class Virtqueue:
             if follows >= count:
                 raise RingError(f"{self._where(at, through)}: Desc next is {follows}, the table has {count}")
             at = follows
+
+    def _straight(self, table: memoryview) -> tuple[list[memoryview], list[memoryview]] | None:
+        """The segments of an indirect table each entry of which leads to the next one, as in most; else None.
+
+        It is also None where an entry breaks a rule, or leads to memory that is not where most of it is.
+        """
+        view = self._view
+        low = self._low
+        limit = self._limit
+        readable: list[memoryview] = []
+        writable: list[memoryview] = []
+        for at, (start, size, flags, follows) in enumerate(_iterate(table), 1):
+            end = start + size
+            if start < low or end > limit:
+                return None
+            if flags & VRING_DESC_F_WRITE:
+                writable.append(view[start:end])
+            elif writable:
+                return None
+            else:
+                readable.append(view[start:end])
+            if flags & ~_NEXT_WRITE:
+                return None
+            if not flags & VRING_DESC_F_NEXT:
+                return readable, writable
+            if follows != at:
+                return None
+        return None
 
     def _elsewhere(self, at: int, through: int, start: int, size: int) -> tuple[memoryview, list[memoryview] | None]:
         """Memory that is not where most of it is: its first piece, and the others where there are more."""
@@ -596,15 +652,6 @@ class Virtqueue:
             return False
         self._seen = index
         return True
-
-    def spin(self, rounds: int) -> bool:
-        """Wait for avail to go beyond what was noted by `look`, for so many looks at it; gives whether it has."""
-        avail = self._avail
-        seen = self._seen
-        for _ in range(rounds):  # noqa: SIM110  any() would take twice as long
-            if avail[1] != seen:
-                return True
-        return False
 
     def disable_kicks(self) -> None:
         """The ring is looked at anyway for now: let the driver save itself the kicks. It may kick all the same."""

@@ -170,9 +170,9 @@ class _Bench:
 def measure(rounds: int = 15, batches: int = 100) -> dict[str, float]:
     """Cost per request in nanoseconds by kind, and `ratio` = request / bare.
 
-    Kinds are `bare`, `ring`, `request`, "ring, unrecorded" and "request, uncounted"; the disk answers at once and records
+    Kinds are `bare`, `ring`, `request`, "ring, unrecorded", "request, uncounted"; the disk answers at once and records
     nothing. Each is the median of `rounds` rounds; a round is the median of `batches` batches of 32 requests, the kinds
-    in turn. `recording` and `counting` are what those cost a request: the medians of the differences round by round.
+    in turn. `recording` and `counting` are what those cost a request: the median difference, round by round.
     """
     with tempfile.TemporaryFile() as file:
         for _ in range(DISK_BYTES >> 20):

@@ -70,19 +70,19 @@ class WatchedVirtqueue(Virtqueue):
     def peek(self, most: int, header: int, trailer: int) -> list[Request] | None:
         """As any. Raises BrokenPromise for a place that is not in guest memory."""
         found = super().peek(most, header, trailer)
-        for head, start, data, end, to_write, last in found or ():
-            if not 0 <= head < self.num or end < data:
-                raise BrokenPromise(f"a request with head {head} and data from {data:#x} to {end:#x}")
+        for start, data, end, to_write, last in found or ():
+            if end < data:
+                raise BrokenPromise(f"a request with data from {data:#x} to {end:#x}")
             for at, size in ((start, header), (data, end - data), (last, trailer)):
                 if not 0 <= at <= self.guarded.limit - size:
                     raise BrokenPromise(f"{at:#x}+{size}, guest memory ends at {self.guarded.limit:#x}")
             self.written += [(data, end - data)] * to_write + [(last, trailer)]
         return found
 
-    def answer(self, answers: Sequence[tuple[int, int]]) -> None:
+    def answer(self, written: list[int]) -> None:
         """As any."""
-        super().answer(answers)
-        self.seen += len(answers)
+        super().answer(written)
+        self.seen += len(written)
 
     def pop(self) -> tuple[int, list[memoryview], list[memoryview]] | None:
         """As any. Raises BrokenPromise for a segment that is not in guest memory, and where there are too many."""
