@@ -2,8 +2,8 @@
 
     scripts/test tests/test_serve_qemu_kill.py --kills 200 --seed 1
 
-The seed decides who is killed and when; what the victim is doing just then is up to the machine. (QEMU 7.2 looks for no
-back end again that has random numbers.)
+The seed decides who is killed and when; what the victim is doing just then is up to the machine. QEMU 7.2 aborts where
+the back end of a vhost-user-rng-pci is on a chardev with reconnect, so there is none.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ pytestmark = needs_qemu
 MIB = 1 << 20
 DISK = 64 * MIB
 MAC = "02:00:00:00:ab:0c"
-# How many are killed while they are at work; the others may not even have begun.
+# How many are killed while they are at work, and not at any time.
 AT_WORK = 0.8
 # From one look whether a worker is at work to the next, in seconds.
 BETWEEN_LOOKS = 0.0, 0.01
@@ -109,7 +109,7 @@ def stopped_at_work(pid: int) -> bool:
 
 
 # How many of each kind a worker has that serves nobody; its one socket is the one that it listens at.
-REST = {"socket:": 1, "[eventfd]": 0, "/memfd:": 0}
+REST = {"socket:": 1, "[eventfd]": 0, "/memfd:memory-backend": 0, "/memfd:lgmp-inflight": 0}
 
 
 def belongings(worker: int) -> dict[str, int]:
@@ -124,8 +124,12 @@ def belongings(worker: int) -> dict[str, int]:
 
 
 def serves(launched: Launch) -> bool:
-    """Whether a front end has started a ring of a worker's."""
-    return any(belongings(worker)["[eventfd]"] for worker in launched.workers().values())
+    """Whether a front end has begun to start a worker's rings.
+
+    Before that none is killed: where a back end ends while it is asked for its features, QEMU 7.2 looks for none again
+    (seen with query-chardev: its end of the connection stays "disconnected").
+    """
+    return any(belongings(worker)["/memfd:memory-backend"] for worker in launched.workers().values())
 
 
 def wait_until_all_write(load: Load) -> None:
@@ -167,12 +171,9 @@ def test_a_guest_whose_workers_are_killed_all_the_time_finds_nothing_wrong(
         fetching = guest.start(f"until test -e stop; do {fetch}; done")
 
         for _ in range(kills):
-            # The disk has more to lose. Some have not found their front end again when they are killed.
-            victim = serving[random.choice(["block", "block", "net"])]
-            at_work = random.random() < AT_WORK
-            if at_work:
-                wait_until(partial(serves, victim), "QEMU has found the worker again")
-            kill_worker(victim, random, at_work=at_work)
+            victim = serving[random.choice(["block", "block", "net"])]  # the disk has more to lose
+            wait_until(partial(serves, victim), "QEMU has found the worker again")
+            kill_worker(victim, random, at_work=random.random() < AT_WORK)
             load.check_alive()
 
         load.end(disk)

@@ -63,6 +63,8 @@ if TYPE_CHECKING:
 MAX_RING = 32768
 # The longest indirect table that is looked at; Linux drivers stay far below (seg_max + 2).
 MAX_INDIRECT = 1024
+# So many chains at most are shown by `Virtqueue.peek`, and answered at once.
+MOST_AT_ONCE = 32
 DESCRIPTOR_BYTES = 16
 USED_ELEMENT_BYTES = 8
 
@@ -297,7 +299,7 @@ class Virtqueue:
         header = self._header
         used = self._used_head[1]
         before = header[USED_IDX_U16]
-        if used != before and not any(region.inflight):
+        if 0 < (used - before) & 0xFFFF <= MOST_AT_ONCE and not any(region.inflight):
             # What was not recorded was answered at once, and published.
             header[USED_IDX_U16] = used
         elif used != before:
@@ -449,7 +451,7 @@ class Virtqueue:
             return None
         if ready > count:
             return found
-        ready = min(ready, most)
+        ready = min(ready, most, MOST_AT_ONCE)
         at = 2 + at % count
         self._peeked = heads = avail[at : at + ready].tolist()
         if len(heads) < ready:
