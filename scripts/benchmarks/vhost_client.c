@@ -1,13 +1,13 @@
 /* SPDX-License-Identifier: GPL-2.0-only
  *
- * A vhost-user front end and a driver of virtio-blk in one, to measure back ends with: vhost_user.py builds and runs it.
+ * A vhost-user front end and a virtio-blk driver in one, to measure back ends with: vhost_user.py builds and runs it.
  *
  * It connects to a back end's socket, sets up one ring in a memfd of its own, keeps `depth` requests of one kind in
  * flight for a while, and prints how many were answered and how long each took, as one line of JSON.
  *
  * It drives the ring as Linux does: requests are published one by one and kicked once a batch, after a full fence, if
  * the back end wants a kick; an interrupt (the call eventfd) begins a loop that takes all answers with interrupts off,
- * allows them again, and looks once more. It never spins: with nothing to take it sleeps in a read of the eventfd.
+ * allows them again, and looks once more. It never spins: with nothing to take it sleeps until it is called.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -346,7 +346,7 @@ static void start_ring(void)
 	struct message message = { .request = VHOST_USER_SET_VRING_ADDR, .flags = VHOST_USER_VERSION };
 
 	kick_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-	call_fd = eventfd(0, EFD_CLOEXEC);
+	call_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	if (kick_fd < 0 || call_fd < 0)
 		die("eventfd: %s", strerror(errno));
 	set_vring(VHOST_USER_SET_VRING_NUM, job.ring);
@@ -521,17 +521,14 @@ static bool enable_interrupts(void)
 
 static void sleep_until_called(void)
 {
+	struct pollfd waiting = { .fd = call_fd, .events = POLLIN };
 	eventfd_t value;
 
-	while (eventfd_read(call_fd, &value)) {
-		struct pollfd waiting = { .fd = call_fd, .events = POLLIN };
-
-		/* It is the back end's as well, which may have made it non-blocking for us both. */
-		if (errno == EAGAIN)
-			poll(&waiting, 1, -1);
-		else if (errno != EINTR)
-			die("call: %s", strerror(errno));
-	}
+	/* Not a read that blocks: some back ends make the descriptor non-blocking, for us too, and some do not. */
+	do {
+		if (poll(&waiting, 1, -1) < 0 && errno != EINTR)
+			die("poll: %s", strerror(errno));
+	} while (eventfd_read(call_fd, &value) && (errno == EAGAIN || errno == EINTR));
 	result.calls++;
 }
 
