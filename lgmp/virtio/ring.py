@@ -511,6 +511,10 @@ class Virtqueue:
         else:
             self._used_id[slot:end] = array("I", heads[:number])
             self._used_len[slot:end] = array("I", written)
+        # They are numbered as others are, though one number is all that is kept of them.
+        self._counter += number
+        if number:
+            self._counters[heads[number - 1]] = self._counter - 1
         del heads[:number]
         self._next_avail = (self._next_avail + number) & 0xFFFF
         self._next_used = index = (index + number) & 0xFFFF
