@@ -22,6 +22,7 @@ RANDOM = "/dev/urandom"
 
 if TYPE_CHECKING:
     from lgmp.network import NetworkOption
+    from lgmp.terminal import RawTerminal
 
 
 class BlockOption(NamedTuple):
@@ -142,6 +143,18 @@ def open_custom(option: CustomOption, models: Sequence[Model]) -> Model:
         device.config,
         WorkerSpecification("workers.custom", ("--kind", device.kind, "--", words)),
         details=f"device={words}",
+    )
+
+
+def console_specification(terminal: RawTerminal | None) -> WorkerSpecification:
+    """The worker of a console on our own stdin and stdout; `terminal` is what was made raw for it."""
+    if terminal is None:
+        return WorkerSpecification("workers.console", has_terminal=True)
+    return WorkerSpecification(
+        "workers.console",
+        options=("--restore-termios", terminal.to_argument()),
+        has_terminal=True,
+        before_restart=terminal.enter_again,
     )
 
 

@@ -20,7 +20,7 @@ from lgmp import errors, hosts
 from lgmp.bus import BusDevice, LguestBus, QueueNotify, StatusNotify, vring_pages
 from lgmp.confinement import Confinement
 from lgmp.control_socket import ControlServer
-from lgmp.devices import DeviceOption, Model, open_devices
+from lgmp.devices import DeviceOption, Model, console_specification, open_devices
 from lgmp.errors import LgmpError, say
 from lgmp.guest_status import GuestFacts, GuestStatus
 from lgmp.hosts import choice
@@ -242,12 +242,7 @@ class Launch:
         device = bus.add_device(
             ids.VIRTIO_ID_CONSOLE, "console", [ids.VIRTQUEUE_NUM, ids.VIRTQUEUE_NUM], virtio_console.features(), b""
         )
-        specification = WorkerSpecification("workers.console", has_terminal=True)
-        if terminal is not None:
-            specification = specification._replace(
-                options=("--restore-termios", terminal.to_argument()), before_restart=terminal.enter_again
-            )
-        self._start(device, specification, "")
+        self._start(device, console_specification(terminal), "")
 
     def _start(self, device: BusDevice, specification: WorkerSpecification, details: str) -> None:
         worker = self._supervisor.start(device, specification)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from random import SystemRandom
@@ -10,6 +11,9 @@ from random import SystemRandom
 import launching
 import pytest
 from lguest_devices import GUESTS_OF, LguestDevice, host_options, needs_lguest_device
+from networks import GUEST_MAC, HOST_IP, Namespace, namespace
+
+from lgmp.network import Tap, TapOption
 
 pytest_plugins = ["lgmp.testing.fixtures"]
 
@@ -38,6 +42,29 @@ def seed(request: pytest.FixtureRequest) -> int:
     """What a test's random decisions follow from. Whoever uses it prints it: a failed test shows what it printed."""
     given: int | None = request.config.getoption("--seed")
     return SystemRandom().randrange(1 << 32) if given is None else given
+
+
+@pytest.fixture
+def here() -> Iterator[Namespace]:
+    """A network namespace."""
+    with namespace() as made:
+        yield made
+
+
+@pytest.fixture
+def host_tap(here: Namespace) -> Iterator[Tap]:
+    """A tap in it."""
+    with here.entered():
+        made = Tap.open(TapOption.parse(HOST_IP), GUEST_MAC)
+    with made:
+        yield made
+
+
+@pytest.fixture
+def wire(here: Namespace, host_tap: Tap) -> Iterator[socket.socket]:
+    """The host's end of that."""
+    with here.wire(host_tap.name) as made:
+        yield made
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -8,12 +8,11 @@ import select
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from launching import UNPRIVILEGED
-from networks import GUEST_MAC, Namespace, frame, namespace, receive_test_frame
+from networks import GUEST_MAC, Namespace, frame, receive_test_frame
 
 from lgmp import network, tap
 from lgmp.errors import LgmpError
@@ -27,12 +26,6 @@ from workers.net import Net, Tap
 ALL_OFFLOADS = virtio_net.HOST_OFFLOADS | tap.features_of(tap.OFFLOADS[0])
 # linux/if_tun.h
 IFF_TUN = 1
-
-
-@pytest.fixture
-def here() -> Iterator[Namespace]:
-    with namespace() as made:
-        yield made
 
 
 def ip(here: Namespace, *commands: str) -> None:

@@ -6,12 +6,11 @@ import os
 import pwd
 import signal
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from launching import GUEST, MEM, Launch, Terminal, launch, make_disk, prompt, run
-from networks import GUEST_IP, HOST_IP, Namespace, namespace
+from networks import GUEST_IP, HOST_IP, Namespace
 
 from lgmp.confinement import Confinement
 from lgmp.errors import LgmpError
@@ -35,12 +34,6 @@ def disk(tmp_path: Path) -> Path:
     made = make_disk(tmp_path / "disk.img")
     made.chmod(0o600)
     return made
-
-
-@pytest.fixture
-def here() -> Iterator[Namespace]:
-    with namespace() as made:
-        yield made
 
 
 def status(pid: int) -> dict[str, str]:

@@ -20,7 +20,7 @@ from random import Random
 import pytest
 from launching import HANGS_AFTER, PROMPT, SECTOR, Launch, checksum, launch, make_disk
 from lguest_devices import needs_lguest_device
-from networks import GUEST_IP, HOST_IP, Namespace, namespace
+from networks import GUEST_IP, HOST_IP, Namespace
 
 SECTORS = 1024
 # Between one kill and the next, in seconds.
@@ -34,12 +34,6 @@ CRASHES_AT_MOST, WITHIN = 4, 10.0
 hosts = pytest.mark.parametrize(
     "host", ["embedded", pytest.param("kernel-2.6.31", marks=needs_lguest_device)], indirect=True
 )
-
-
-@pytest.fixture
-def here() -> Iterator[Namespace]:
-    with namespace() as made:
-        yield made
 
 
 @pytest.fixture

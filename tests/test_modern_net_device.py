@@ -18,13 +18,12 @@ import pytest
 import test_takeover as takeover
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import GUEST_MAC, HOST_IP, OTHER_MAC, Namespace, flood, frame, namespace, receive_test_frame
+from networks import GUEST_MAC, OTHER_MAC, Namespace, flood, frame, receive_test_frame
 from pyroute2 import IPRoute
 
 import workers.net
 from lgmp.control import ERRORS
 from lgmp.network import Tap as HostTap
-from lgmp.network import TapOption
 from lgmp.tap import IFF_NO_PI, IFF_TAP, IFF_VNET_HDR, TUN_DEVICE, TUNSETIFF
 from lgmp.testing import PATIENCE, Buffer, Driver, Recorder, Used
 from lgmp.virtio.ids import (
@@ -187,20 +186,6 @@ class Card:
 
 
 @pytest.fixture
-def here() -> Iterator[Namespace]:
-    with namespace() as made:
-        yield made
-
-
-@pytest.fixture
-def host_tap(here: Namespace) -> Iterator[HostTap]:
-    with here.entered():
-        made = HostTap.open(TapOption.parse(HOST_IP), GUEST_MAC)
-    with made:
-        yield made
-
-
-@pytest.fixture
 def card(host_tap: HostTap) -> Iterator[Card]:
     """A card on a tap with virtio headers; its driver is modern."""
     made = Card(Tap(host_tap.descriptor, has_header=True))
@@ -214,13 +199,6 @@ def merging(host_tap: HostTap) -> Iterator[Card]:
     made = Card(Tap(host_tap.descriptor, has_header=True), MERGING | GUEST_OFFLOADS)
     yield made
     made.close()
-
-
-@pytest.fixture
-def wire(here: Namespace, host_tap: HostTap) -> Iterator[socket.socket]:
-    """The host's end of the tap."""
-    with here.wire(host_tap.name) as made:
-        yield made
 
 
 @pytest.fixture

@@ -11,12 +11,11 @@ import subprocess
 from collections.abc import Iterator
 
 import pytest
-from networks import GUEST_MAC, HOST_IP, OTHER_MAC, Namespace, flood, frame, namespace, receive_test_frame
+from networks import GUEST_MAC, OTHER_MAC, Namespace, flood, frame, receive_test_frame
 from pyroute2 import IPRoute
 
 from lgmp.control import BYTES_IN, BYTES_OUT, ERRORS
 from lgmp.network import Tap as HostTap
-from lgmp.network import TapOption
 from lgmp.tap import (
     IFF_NO_PI,
     IFF_TAP,
@@ -121,32 +120,11 @@ class Card:
 
 
 @pytest.fixture
-def here() -> Iterator[Namespace]:
-    with namespace() as made:
-        yield made
-
-
-@pytest.fixture
-def host_tap(here: Namespace) -> Iterator[HostTap]:
-    with here.entered():
-        made = HostTap.open(TapOption.parse(HOST_IP), GUEST_MAC)
-    with made:
-        yield made
-
-
-@pytest.fixture
 def card(host_tap: HostTap) -> Iterator[Card]:
     """A card on a tap with virtio headers, as the launcher makes it."""
     made = Card(Tap(host_tap.descriptor, has_header=True))
     yield made
     made.close()
-
-
-@pytest.fixture
-def wire(here: Namespace, host_tap: HostTap) -> Iterator[socket.socket]:
-    """The host's end of the tap."""
-    with here.wire(host_tap.name) as made:
-        yield made
 
 
 # Features

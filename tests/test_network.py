@@ -44,12 +44,6 @@ ANSWERS = 100_000
 
 
 @pytest.fixture
-def here() -> Iterator[Namespace]:
-    with namespace() as made:
-        yield made
-
-
-@pytest.fixture
 def there() -> Iterator[Namespace]:
     with namespace() as made:
         yield made

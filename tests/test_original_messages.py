@@ -12,14 +12,14 @@ import re
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from images import E_MACHINE, elf_image, spoiled
 from launching import GUEST, MEM, UNPRIVILEGED, Launch, make_disk
-from networks import GUEST_IP, HOST_IP, Namespace, namespace, needs
+from networks import GUEST_IP, HOST_IP, Namespace, needs
 
 LGUEST = (sys.executable, "-P", "-m", "lgmp.lguest_cli")
 SECTORS = 64
@@ -61,12 +61,6 @@ class Files:
 @pytest.fixture
 def files(tmp_path: Path) -> Files:
     return Files(tmp_path)
-
-
-@pytest.fixture
-def here() -> Iterator[Namespace]:
-    with namespace() as made:
-        yield made
 
 
 def lguest(*words: str, prefix: tuple[str, ...] = (), env: dict[str, str] | None = None) -> tuple[int, str, list[str]]:

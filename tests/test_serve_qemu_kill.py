@@ -14,14 +14,13 @@ import os
 import re
 import signal
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from random import Random
 
 import pytest
 from launching import HANGS_AFTER, Launch, wait_until
-from networks import GUEST_IP, HOST_IP, Namespace, namespace, needs
+from networks import GUEST_IP, HOST_IP, Namespace, needs
 from qemu_guest import Guest, block, needs_qemu, net
 from serving import served, worker_of
 from web_server import WebServer
@@ -139,12 +138,6 @@ def wait_until_all_write(load: Load) -> None:
 def check_kernel_log(guest: Guest) -> None:
     log = guest.kernel_log()
     assert not BAD_NEWS.search(log), log[-4000:]
-
-
-@pytest.fixture
-def here() -> Iterator[Namespace]:
-    with namespace() as made:
-        yield made
 
 
 def test_a_guest_whose_workers_are_killed_all_the_time_finds_nothing_wrong(

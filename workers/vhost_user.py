@@ -317,11 +317,10 @@ class Server:
             queue.look()
             queue.disable_kicks()
         try:
-            more = self._device.serve()
+            return self._device.serve()
         except RingError as error:
             self._break(error)
             return False
-        return more
 
     def _enable_kicks(self) -> bool:
         """This process is about to sleep; gives whether there is something to do instead."""
@@ -365,12 +364,10 @@ class Server:
         self._wanted = masks
 
     def _forget(self, descriptor: int) -> None:
-        try:
+        try:  # noqa: SIM105  contextlib is costly to import
             self._epoll.unregister(descriptor)
-        except PermissionError:
-            pass  # it never was
         except OSError:
-            pass  # the device has closed it
+            pass  # epoll never took it, or the device has closed it
 
     def _see(self, descriptor: int, events: int) -> None:
         """Something other than a kick has happened."""

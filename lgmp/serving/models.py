@@ -11,7 +11,7 @@ import sys
 from typing import NamedTuple
 
 from lgmp import holes
-from lgmp.devices import CustomOption, Model, RngOption, open_custom, open_rng
+from lgmp.devices import CustomOption, Model, RngOption, console_specification, open_custom, open_rng
 from lgmp.disk import Disk
 from lgmp.errors import LgmpError
 from lgmp.supervisor import WorkerSpecification
@@ -127,19 +127,15 @@ def _net(option: ServeNet, stack: contextlib.ExitStack) -> Model:
 
 
 def _console(stack: contextlib.ExitStack) -> Model:
-    specification = WorkerSpecification("workers.console", has_terminal=True)
     terminal = RawTerminal.enter(sys.stdin.fileno()) if sys.stdin else None
     if terminal is not None:
         stack.callback(terminal.restore)
-        specification = specification._replace(
-            options=("--restore-termios", terminal.to_argument()), before_restart=terminal.enter_again
-        )
     return Model(
         "console",
         ids.VIRTIO_ID_CONSOLE,
         console.QUEUES,
         console.features(),
         b"",
-        specification,
+        console_specification(terminal),
         details=os.ttyname(0) if terminal is not None else "stdin and stdout",
     )
