@@ -62,6 +62,8 @@ def memory() -> Iterator[GuestMemory]:
         ("_GDT_BASE", c._GDT_BASE + 1),
         ("_GDT_LIMIT", c._GDT_LIMIT - 2),
         ("_UC_NO_EXIT_REQUEST", c._UC_NO_EXIT_REQUEST + 1),
+        ("_UC_STOP_INTERRUPT", c._UC_STOP_INTERRUPT + 8),
+        ("_UC_STOP_REQUEST", c._UC_STOP_REQUEST - 1),
     ],
 )
 def test_an_offset_that_does_not_hold_is_found_at_start(

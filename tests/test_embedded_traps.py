@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import struct
 
 import pytest
@@ -48,9 +49,10 @@ from embedded_guest import (
     word,
 )
 
-from lgmp.hosts import Died, Notify
+from lgmp.hosts import Break, Died, Notify
 from lgmp.hosts.embedded import abi
 from lgmp.hosts.embedded import cpu as c
+from lgmp.hosts.embedded import library as uc
 
 NOT_MAPPED = 0x300000  # no entry in the page table: above the guest's memory
 OUTSIDE_TABLES = 0x80000000  # no entry in the page directory
@@ -63,6 +65,8 @@ VM = abi.X86_EFLAGS_VM
 ARITHMETIC = 0x8D5  # OF SF ZF AF PF CF
 
 OUT_DX_AL = b"\xee"
+RDTSC = b"\x0f\x31"
+UC_X86_INS_RDTSC = 608  # unicorn/x86.h
 RINGS = (1, 3)
 
 
@@ -439,6 +443,26 @@ def test_sysenter_and_syscall_are_faults_at_the_instruction(ring: int, code: byt
         assert frame.eip == code_address(ring) + 6
         assert frame.error_code == (0 if vector == GP else None)
         assert (guest.result(0), guest.result(1)) == (1, 0)
+
+
+@pytest.mark.parametrize(("code", "vector"), [(b"\x0f\x34", GP), (b"\x0f\x05", 6)])
+@pytest.mark.parametrize("ring", RINGS)
+def test_a_stop_in_the_middle_of_a_block_lets_no_sysenter_or_syscall_through(
+    ring: int, code: bytes, vector: int
+) -> None:
+    with in_ring(ring, RDTSC + code, gates=[vector]) as guest:
+        cpu = guest.host._cpu
+
+        def stop_as_another_thread_may(_uc: int, _data: int) -> int:
+            guest.host.break_in()
+            return 0  # go on with the instruction
+
+        callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(stop_as_another_thread_may)
+        address = ctypes.cast(callback, ctypes.c_void_p).value
+        assert address is not None
+        cpu._add_hook(uc.UC_HOOK_INSN, address, 0, UC_X86_INS_RDTSC)
+        assert isinstance(guest.run(), Break)
+        assert guest.trap(vector).eip == code_address(ring) + len(RDTSC)
 
 
 # Ports.

@@ -19,11 +19,14 @@ from lgmp.errors import LgmpError
 from lgmp.hosts.embedded import abi
 from lgmp.hosts.embedded import library as uc
 from lgmp.hosts.embedded.descriptors import Segment
-from lgmp.hosts.embedded.thunks import Thunks
+from lgmp.hosts.embedded.thunks import STOP_INTERRUPT, Thunks
 from lgmp.memory import PAGE_SIZE
 
-# In struct uc_struct: the pointer to the CPU object, and the flag that keeps exit checks out of translated blocks.
+# In struct uc_struct: the function that is asked about every exception and exit, the pointer to the CPU object, the
+# flag that ends the emulation once the CPU has left, and the one that keeps exit checks out of translated blocks.
+_UC_STOP_INTERRUPT = 0xE0
 _UC_CPU = 0x1B8
+_UC_STOP_REQUEST = 0x56D
 _UC_NO_EXIT_REQUEST = 0x7F2
 # In the CPU object: CPUX86State (env).
 _CPU_ENV = 0x8A50
@@ -149,7 +152,8 @@ class Cpu:
         # A task state of no size: a far call to an inner ring finds no stack there, #TS; without any, Unicorn aborts.
         task = uc.MemoryManagementRegister(0, 0, 0, _AVAILABLE_TASK_STATE)
         self._check(self._library.uc_reg_write(handle, uc.UC_X86_REG_TR, ctypes.byref(task)), "set the task register")
-        self._thunks = Thunks(self._function_address("raise_exception_err_x86_64"), _HFLAGS_BYTES)
+        self._thunks = Thunks(self._function_address("raise_exception_err_x86_64"), _HFLAGS_BYTES, _UC_STOP_REQUEST)
+        self._stop_between_blocks()
         for instruction, thunk in (
             (uc.UC_X86_INS_IN, self._thunks.port_in),
             (uc.UC_X86_INS_OUT, self._thunks.port_out),
@@ -170,7 +174,7 @@ class Cpu:
 
     def stop(self) -> None:
         """Ask the CPU to stop between two blocks; from any thread. A `start` that begins after this does not see it."""
-        self._library.uc_emu_stop(self.handle)
+        self._library.cpu_exit(self._cpu_object)
 
     def flush_page(self, address: int) -> None:
         """Drop the translation of one virtual page."""
@@ -322,6 +326,20 @@ class Cpu:
         if compare not in code or not self.handle.value:
             raise self._unknown_build("no_exit_request is not where it was")
         ctypes.c_uint8.from_address(self.handle.value + _UC_NO_EXIT_REQUEST).value = 1
+
+    def _stop_between_blocks(self) -> None:
+        """Have the emulation end when the CPU has left its blocks, as thunks.py says."""
+        stop = ctypes.string_at(self._function_address("uc_emu_stop"), 64)
+        execute = ctypes.string_at(self._function_address("cpu_exec_x86_64"), 256)
+        # mov byte [rdi + offset], 1; mov rax, [rbp + offset]; test rax, rax
+        sets_stop_request = b"\xc6\x87" + _UC_STOP_REQUEST.to_bytes(4, "little") + b"\x01"
+        takes_stop_interrupt = b"\x48\x8b\x85" + _UC_STOP_INTERRUPT.to_bytes(4, "little") + b"\x48\x85\xc0"
+        if sets_stop_request not in stop or takes_stop_interrupt not in execute or not self.handle.value:
+            raise self._unknown_build("stop_request and stop_interrupt are not where they were")
+        stop_interrupt = ctypes.c_uint64.from_address(self.handle.value + _UC_STOP_INTERRUPT)
+        if ctypes.string_at(stop_interrupt.value, len(STOP_INTERRUPT)) != STOP_INTERRUPT:
+            raise self._unknown_build("stop_interrupt does not do what it did")
+        stop_interrupt.value = self._thunks.stop_between_blocks
 
     def _prove(self, env: int) -> None:
         """Show that the state is where this module thinks it is, or raise LgmpError."""

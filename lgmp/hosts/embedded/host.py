@@ -44,9 +44,6 @@ class EmbeddedHost:
     # Interrupts are delivered, and NO_INTERRUPT looked at, where the guest stands still: it has no memory barriers.
     irq_from_any_thread = False
 
-    # Interrupts are delivered, and NO_INTERRUPT looked at, where the guest stands still: it has no memory barriers.
-    irq_from_any_thread = False
-
     def __init__(
         self,
         memory: GuestMemory,

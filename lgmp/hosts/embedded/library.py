@@ -153,7 +153,6 @@ def load() -> tuple[ctypes.CDLL, ctypes.CDLL | None]:
         "uc_open": (ctypes.c_int, ctypes.c_int, ctypes.POINTER(pointer)),
         "uc_close": (pointer,),
         "uc_emu_start": (pointer, word, word, word, size),
-        "uc_emu_stop": (pointer,),
         "uc_mem_map_ptr": (pointer, word, size, ctypes.c_uint32, pointer),
         "uc_reg_read": (pointer, ctypes.c_int, pointer),
         "uc_reg_write": (pointer, ctypes.c_int, pointer),
@@ -172,6 +171,10 @@ def load() -> tuple[ctypes.CDLL, ctypes.CDLL | None]:
         library.tlb_flush_page_x86_64.restype = None
         library.tb_invalidate_phys_range_x86_64.argtypes = (pointer, word, word)
         library.tb_invalidate_phys_range_x86_64.restype = None
+        library.cpu_exit.argtypes = (pointer,)
+        library.cpu_exit.restype = None
+        library.uc_emu_stop.argtypes = (pointer,)
+        library.cpu_exec_x86_64.argtypes = (pointer, pointer)
         library.raise_exception_err_x86_64.argtypes = (pointer, ctypes.c_int, ctypes.c_int)
         library.check_exit_request_x86_64.argtypes = (pointer,)
         if shim is not None:

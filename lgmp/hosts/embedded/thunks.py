@@ -5,6 +5,9 @@ ring 0. Unicorn calls a hook for each from the middle of a translated block and 
 fault has to be raised inside the hook, and Unicorn's way to raise one is a longjmp, which must not cross a Python
 frame. Hence hooks in machine code (x86-64, the System V calling convention): they look at the CPU's privilege level
 and either answer or jump to Unicorn's own raise_exception_err(env, trap, error code).
+
+One thunk is no hook but stands in for a function of Unicorn's, to stop the CPU between blocks alone: see
+`stop_between_blocks`.
 """
 
 from __future__ import annotations
@@ -55,18 +58,43 @@ def _not_ring_0(hflags_offset: int, raise_exception_err: int) -> bytes:
     )
 
 
+# All of x86_stop_interrupt(uc, exception): cmp esi, 6; sete al; ret. An invalid opcode is for the hook of its own.
+STOP_INTERRUPT = b"\x83\xfe\x06\x0f\x94\xc0\xc3"
+_EXCP_INTERRUPT = 0x10000  # QEMU's exec/cpu-all.h: somebody asked the CPU to leave
+
+
+def _stop_between_blocks(stop_request_offset: int) -> bytes:
+    """x86_stop_interrupt, but for a CPU that was asked to leave it also sets uc->stop_request; uc in rdi."""
+    set_stop_request = b"\xc6\x87" + struct.pack("<I", stop_request_offset) + b"\x01"  # mov byte [rdi + offset], 1
+    return (
+        b"\x81\xfe"
+        + struct.pack("<I", _EXCP_INTERRUPT)  # cmp esi, EXCP_INTERRUPT
+        + b"\x75"
+        + bytes([len(set_stop_request)])  # jne over it
+        + set_stop_request
+        + STOP_INTERRUPT
+    )
+
+
 class Thunks:
     """The hooks, in a page of their own that is executable and no longer writable once made.
 
     `port_in`, `port_out`, `syscall`, `sysenter` and `new_block` are addresses for uc_hook_add with the CPU's state
     (env) as user data; `read_tsc` is the address of a function without arguments that gives the host's time-stamp
     counter.
+
+    `stop_between_blocks` is the address of what to put in place of uc->stop_interrupt, which Unicorn asks about every
+    exception and every exit. uc_emu_stop sets uc->stop_request at once, in the middle of a block where another thread
+    calls it; then Unicorn looks at the first hook for an instruction only, and those of the rest (it cannot be told of
+    two first ones) are passed over: a syscall or sysenter would do nothing. So whoever stops the CPU asks it to leave
+    (cpu_exit), and stop_request is set when it has.
     """
 
-    def __init__(self, raise_exception_err: int, hflags_offset: int) -> None:
-        """Write the code; `raise_exception_err`: the address of Unicorn's function, `hflags_offset`: bytes into env.
+    def __init__(self, raise_exception_err: int, hflags_offset: int, stop_request_offset: int) -> None:
+        """Write the code.
 
-        Raises LgmpError where the system does not let it run.
+        `raise_exception_err`: the address of Unicorn's function; `hflags_offset`: bytes into env;
+        `stop_request_offset`: bytes into struct uc_struct. Raises LgmpError where the system does not let it run.
         """
         pieces = {
             # uc_cb_insn_in_t(uc, port, size, env): env in rcx
@@ -80,6 +108,7 @@ class Thunks:
             # uc_hook_edge_gen_t(uc, block, block before, env): env in rcx. Called when a block has been translated,
             # before it runs: ring 0, should a guest ever get there, does not run one instruction.
             "new_block": _not_ring_0(hflags_offset, raise_exception_err),
+            "stop_between_blocks": _stop_between_blocks(stop_request_offset),
             # rdtsc; shl rdx, 32; or rax, rdx; ret
             "read_tsc": b"\x0f\x31\x48\xc1\xe2\x20\x48\x09\xd0\xc3",
         }
@@ -100,4 +129,5 @@ class Thunks:
         self.syscall = addresses["syscall"]
         self.sysenter = addresses["sysenter"]
         self.new_block = addresses["new_block"]
+        self.stop_between_blocks = addresses["stop_between_blocks"]
         self.read_tsc = addresses["read_tsc"]
