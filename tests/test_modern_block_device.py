@@ -560,12 +560,13 @@ def test_every_ring_is_served_and_the_driver_told_of_each(disk: int) -> None:
 def test_a_full_ring_does_not_keep_the_others_waiting(disk: int) -> None:
     rig = Rig(disk, queues=2)
     header, data = rig.driver.buffer(struct.pack("<IIQ", VIRTIO_BLK_T_IN, 0, 0)), rig.driver.buffer(SECTOR, True)
-    for _ in range(BATCH + 1):
-        rig.driver.queues[0].add([header, data, rig.driver.buffer(1, True)])
+    status, table = rig.driver.buffer(1, True), rig.driver.buffer(16 * 3)
+    for _ in range(2 * BATCH + 1):
+        rig.driver.queues[0].add([header, data, status], table.address)
     head, _, _ = rig.offer(VIRTIO_BLK_T_IN, 1, into=SECTOR, queue=1)
     assert rig.block.serve()
     assert rig.driver.queues[1].collect() == [Used(head, SECTOR + 1)]
-    assert len(rig.driver.queues[0].collect()) == BATCH
+    assert len(rig.driver.queues[0].collect()) == 2 * BATCH
     assert not rig.block.serve()
     assert len(rig.driver.queues[0].collect()) == 1
     rig.close()
@@ -749,6 +750,30 @@ def test_a_modern_driver_is_told_twice_of_a_batch_whatever_its_shape(disk: int) 
     assert not rig.block.serve()
     assert rig.recorder.used_queues == [0, 0]
     assert rig.driver.queues[0].collect() == [Used(number, SECTOR + 1) for number in range(BATCH)]
+    rig.close()
+
+
+def test_a_driver_that_goes_on_meanwhile_is_told_of_half_of_what_it_has_in_flight(
+    disk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = Rig(disk)
+    ring = rig.driver.queues[0]
+    told: list[int] = []
+    again = 0
+
+    def go_on(_queue: int) -> None:
+        """As a driver that needs until the next call to offer new requests for those that it was told of."""
+        nonlocal again
+        for _ in range(again):
+            rig.offer(VIRTIO_BLK_T_IN, into=SECTOR)
+        again = len(ring.collect())
+        told.append(again)
+
+    monkeypatch.setattr(rig.recorder, "used", go_on)
+    for _ in range(BATCH):
+        rig.offer(VIRTIO_BLK_T_IN, into=SECTOR)
+    assert rig.block.serve()
+    assert told == [BATCH // 2] * 4
     rig.close()
 
 

@@ -399,6 +399,19 @@ def test_what_came_while_kicks_were_off_is_seen_when_they_are_asked_for(driver: 
     assert not queue.enable_kicks()
 
 
+def test_who_waits_for_a_driver_that_goes_on_finds_so(driver: Driver) -> None:
+    queue = begun(driver, 0)
+    queue.look()
+    assert not queue.spin(10)
+
+    offer(driver, 1)
+
+    assert queue.spin(1)
+    assert not queue.spin(0)
+    queue.look()
+    assert not queue.spin(10)
+
+
 def test_a_driver_that_wants_no_calls_gets_none_but_for_event_indexes_that_have_no_flags(driver: Driver) -> None:
     queue = begun(driver, 0)
     assert queue.needs_call()

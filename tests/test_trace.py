@@ -388,7 +388,7 @@ def test_rings_that_tell_have_all_that_a_device_uses_of_its_own() -> None:
     for_watchers = {
         *("used_index", "heads_in_flight", "descriptor_table", "available_ring", "memory_at", "look_at"),
     }
-    for_a_bus = {"begin", "stop", "lag", "look", "disable_kicks", "enable_kicks", "needs_call"}
+    for_a_bus = {"spin", "begin", "stop", "lag", "look", "disable_kicks", "enable_kicks", "needs_call"}
     # A ring that tells has no requests to show to `peek`.
     for_what_was_peeked = {"answer"}
     public = {name for name in dir(Virtqueue) if not name.startswith("_")}

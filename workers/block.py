@@ -67,12 +67,15 @@ if TYPE_CHECKING:
 _OFFSET_MAX = (1 << 63) - 1
 # Writes that are neighbours on the disk are done by one system call up to this size.
 _TOGETHER_BYTES = 64 << 10
-# How many requests are looked at and answered together: more saves little, and makes the first of them wait.
-_GROUP = 8
+# A driver that is told as they are done may have so many requests done before anything else is looked at.
+_MOST_WHEN_TOLD_EARLY = 2 * BATCH
 # Linux makes a request of few segments three of them: a header, data, and the status.
 _FEW_SEGMENTS = 3
 # Where the file system cannot make zeros, they are written, so many at a time.
 _ZERO_BYTES = 1 << 20
+
+# In a Request: whether its data is to be written, as a read has it.
+_TO_WRITE = 3
 
 _unpack_header = HEADER.unpack
 _unpack_header_at = HEADER.unpack_from
@@ -131,37 +134,39 @@ class Block(RequestDevice):
         return more
 
     def serve_ring(self, number: int, queue: Virtqueue) -> bool:
-        """Answer what is in ring `number` now, at most BATCH requests; gives whether there is more.
+        """Answer what is in ring `number`, up to a limit; gives whether there is more.
 
         Raises RingError where the driver broke a rule.
         """
-        waiting = min(queue.waiting, BATCH)
-        # A modern driver runs beside us. It hears of the first half, and goes on with that while the second is done. To
-        # tell it costs as much as several requests, so it does not hear of each.
-        until = (waiting + 1) // 2 if self._tells_early else waiting
+        early = self._tells_early
+        # Who hears of a batch when it is done kicks for what comes after.
+        left = _MOST_WHEN_TOLD_EARLY if early else min(queue.waiting, BATCH)
         view = queue.view
+        # How many are to be done before the driver is told, are done since, and were done when it was told last.
+        target = untold = told = 0
         given = 0
-        done = told = 0
         peeks = True
         try:
-            while done < waiting:
-                requests = queue.peek(min(waiting - done, _GROUP), HEADER_BYTES, STATUS_BYTES) if peeks else None
-                at = 0
-                while requests and at < len(requests):
+            while left and (waiting := queue.waiting):
+                if not untold:
+                    # A modern driver runs beside us. It hears of half of what it has in flight, and goes on with that
+                    # while the other half is done. To tell it costs as much as several requests.
+                    target = min((waiting + told + 1) // 2 if early else waiting, left)
+                most = min(waiting, target - untold)
+                requests = queue.peek(most, HEADER_BYTES, STATUS_BYTES) if peeks else None
+                if requests and not requests[0][_TO_WRITE]:
                     # Writes are cheaper together than told of early.
-                    written = self._do_reads(view, requests[at : at + until - done])
-                    written = written or self._do_writes(view, requests[at:])
+                    requests = queue.peek(min(waiting, left), HEADER_BYTES, STATUS_BYTES)
+                done = 0
+                while requests and done < len(requests) and untold + done < target:
+                    rest = requests[done:] if done else requests
+                    written = self._do_reads(view, rest) or self._do_writes(view, rest)
                     if not written:
                         break
                     queue.answer(written)
                     given += sum(written)
-                    at += len(written)
                     done += len(written)
-                    if done >= until:
-                        self.notifier.used(number)
-                        told = done
-                        until = waiting
-                if not at:
+                if not done:
                     # The next one is of another kind or shape, or one that fails.
                     chain = queue.pop()
                     if chain is None:
@@ -169,14 +174,16 @@ class Block(RequestDevice):
                     # Who cuts a request into many segments does the same to the next one, which `peek` would not show.
                     peeks = len(chain[1]) + len(chain[2]) <= _FEW_SEGMENTS
                     given += self._answer_one(number, queue, chain)
-                    done += 1
-                    if done >= until:
-                        self.notifier.used(number)
-                        told = done
-                        until = waiting
+                    done = 1
+                left -= done
+                untold += done
+                if untold >= target:
+                    self.notifier.used(number)
+                    told = untold
+                    untold = 0
         finally:
             self.statistics[BYTES_IN] += given
-            if told != done:
+            if untold:
                 self.notifier.used(number)
         return queue.waiting > 0
 

@@ -6,6 +6,9 @@ epoll.
 
 A kick is edge-triggered, so that an eventfd need not be read. While there is something to do the driver is asked not to
 kick, and only before this process sleeps is it asked to again, with a look whether it has gone on meanwhile.
+
+Before that it looks at the rings for a moment longer, as long as this pays (busy_wait.py), unless the device itself
+waits for a descriptor.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from lgmp.errors import LgmpError, say
 from lgmp.vhost_user.backend import Backend
 from lgmp.vhost_user.messages import HEADER_BYTES, MAX_DESCRIPTORS, Message, ProtocolError, name_of, parse_header
 from lgmp.virtio.ring import RingError
+from workers.busy_wait import BusyWait
 from workers.device import Complaints
 
 TYPE_CHECKING = False  # as typing's, which is costly to import in a worker
@@ -39,6 +43,8 @@ if TYPE_CHECKING:
 _PATIENCE = 2.0
 # How long an answer may take to be read, in seconds; it is a few bytes, and the front end waits for it.
 _REPLY_PATIENCE = 5
+# One wait tells of so many descriptors at most; by itself it would make room for a thousand.
+_MOST_EVENTS = 16
 _INT_BYTES = array("i").itemsize
 _CALL = 1
 
@@ -200,6 +206,7 @@ class Server:
         self._kicks: set[int] = set()
         # By the numbers of the rings: those that run.
         self._calls: list[Vring | None] = [None] * self._queue_count
+        self._busy_wait = BusyWait()
         self._stopping = False
         self._bell, self._doorbell = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._epoll.register(self._bell, select.EPOLLIN)
@@ -281,51 +288,49 @@ class Server:
 
     def serve(self) -> None:
         """Serve whoever comes, until SIGTERM, or the end of the only one. Raises LgmpError."""
+        device = self._device
+        poll = self._epoll.poll
+        kicks = self._kicks
         more = False
         while not self._stopping and (self._listener is not None or self._channel is not None):
-            wanted = self._device.wants()
+            wanted = device.wants()
             if wanted or self._wanted or self._always:
                 self._want(wanted)
-            kicked = self._wait(0 if more or self._always else None)
+            kicked = False
+            for descriptor, events in poll(0 if more or self._always else None, _MOST_EVENTS):
+                if descriptor in kicks:
+                    kicked = True
+                else:
+                    self._see(descriptor, events)
+            for descriptor, events in self._always:
+                self._ready(descriptor, events)
             if self._suspended:
                 more |= self._take_rings()
-            if not self._queues:
-                more = False
-            elif kicked or more:
-                if kicked:
-                    self._device.statistics[KICKS] += 1
-                more = self._serve_rings() or self._enable_kicks()
+            if kicked:
+                device.statistics[KICKS] += 1
+            if kicked or more:
+                more = self._serve_rings(may_wait=not wanted)
         if self._stopping:
             self._finish()
 
-    def _wait(self, seconds: float | None) -> bool:
-        """Wait until something happens, and see to it; gives whether a kick was among it."""
-        kicked = False
-        for descriptor, events in self._epoll.poll(seconds):
-            if descriptor in self._kicks:
-                kicked = True
-            else:
-                self._see(descriptor, events)
-        for descriptor, events in self._always:
-            self._ready(descriptor, events)
-        return kicked
-
-    def _serve_rings(self) -> bool:
-        """Serve what is in the rings; gives whether there is more to do at once."""
+    def _serve_rings(self, *, may_wait: bool) -> bool:
+        """Serve what is in the rings; gives whether there is more to do at once, as else there will be a kick."""
         queues = self._queues
+        if not queues:
+            return False
         for queue in queues:
             queue.look()
             queue.disable_kicks()
         try:
-            return self._device.serve()
+            if self._device.serve():
+                return True
         except RingError as error:
             self._break(error)
             return False
-
-    def _enable_kicks(self) -> bool:
-        """This process is about to sleep; gives whether there is something to do instead."""
+        if may_wait and self._busy_wait(queues):
+            return True
         more = False
-        for queue in self._queues:
+        for queue in queues:
             if queue.enable_kicks():
                 more = True
         return more

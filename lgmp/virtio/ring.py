@@ -80,8 +80,6 @@ _NEXT_WRITE = VRING_DESC_F_NEXT | VRING_DESC_F_WRITE
 _FIRST_LINK = VRING_DESC_F_NEXT | 1 << 16
 _SECOND_LINK = VRING_DESC_F_NEXT | 2 << 16
 _SECOND_LINK_WRITE = _NEXT_WRITE | 2 << 16
-# With fewer answers than these there is nothing to gain by making arrays of them.
-_FEW = 4
 
 # Requests are numbered in 64 bits. Who finds larger numbers than this in a region was not left them by one of us.
 _COUNTER_MAX = 1 << 62
@@ -180,6 +178,7 @@ class Virtqueue:
         "_next_used",
         "_num",
         "_peeked",
+        "_peeked_from",
         "_region",
         "_seen",
         "_used_event",
@@ -244,8 +243,9 @@ class Virtqueue:
         self.lag = 0
         # Heads that a predecessor had taken and not given back, the next one last.
         self._again: list[int] = []
-        # Heads that `peek` has looked at, and that were not answered.
+        # Heads that `peek` has looked at last, and the index of avail of the first of them.
         self._peeked: list[int] = []
+        self._peeked_from = 0
         # The index of avail when it was last looked at, and that of used when a call was last asked about.
         self._seen = 0
         self._called_for = -1
@@ -451,11 +451,16 @@ class Virtqueue:
             return None
         if ready > count:
             return found
-        ready = min(ready, most, MOST_AT_ONCE)
+        self._peeked_from = at
         at = 2 + at % count
-        self._peeked = heads = avail[at : at + ready].tolist()
-        if len(heads) < ready:
-            heads += avail[2 : 2 + ready - len(heads)].tolist()
+        if ready == 1:
+            heads = [avail[at]]
+        else:
+            ready = min(ready, most, MOST_AT_ONCE)
+            heads = avail[at : at + ready].tolist()
+            if len(heads) < ready:
+                heads += avail[2 : 2 + ready - len(heads)].tolist()
+        self._peeked = heads
         table = self._desc
         view = self._view
         low = self._low
@@ -498,25 +503,31 @@ class Virtqueue:
         The driver sees all of them or none.
         """
         index = self._next_used
+        taken = self._next_avail
         count = self._num
         number = len(written)
-        heads = self._peeked
+        at = (taken - self._peeked_from) & 0xFFFF
         slot = index % count
         end = slot + number
-        if number < _FEW or end > count:
-            for head, length in zip(heads, written, strict=False):
-                self._used_id[slot] = head
-                self._used_len[slot] = length
-                slot = (slot + 1) % count
-        else:
-            self._used_id[slot:end] = array("I", heads[:number])
-            self._used_len[slot:end] = array("I", written)
         # They are numbered as others are, though one number is all that is kept of them.
         self._counter += number
-        if number:
-            self._counters[heads[number - 1]] = self._counter - 1
-        del heads[:number]
-        self._next_avail = (self._next_avail + number) & 0xFFFF
+        if number == 1:
+            head = self._peeked[at]
+            self._used_id[slot] = head
+            self._used_len[slot] = written[0]
+            self._counters[head] = self._counter - 1
+        elif number:
+            heads = self._peeked[at : at + number]
+            if end <= count:
+                self._used_id[slot:end] = array("I", heads)
+                self._used_len[slot:end] = array("I", written)
+            else:
+                for head, length in zip(heads, written, strict=False):
+                    self._used_id[slot] = head
+                    self._used_len[slot] = length
+                    slot = (slot + 1) % count
+            self._counters[heads[-1]] = self._counter - 1
+        self._next_avail = (taken + number) & 0xFFFF
         self._next_used = index = (index + number) & 0xFFFF
         self._used_head[1] = index
         self._header[USED_IDX_U16] = index
@@ -659,6 +670,15 @@ class Virtqueue:
         self._seen = index
         return True
 
+    def spin(self, rounds: int) -> bool:
+        """Wait for avail to go beyond what was noted by `look`, for so many looks at it; gives whether it has."""
+        avail = self._avail
+        seen = self._seen
+        for _ in range(rounds):  # noqa: SIM110  any() would take twice as long
+            if avail[1] != seen:
+                return True
+        return False
+
     def disable_kicks(self) -> None:
         """The ring is looked at anyway for now: let the driver save itself the kicks. It may kick all the same."""
         if not self._event_idx:
@@ -670,7 +690,8 @@ class Virtqueue:
             self._avail_event[0] = self._seen
         else:
             self._used_head[0] = 0
-        full_barrier()
+        _acquire()  # as full_barrier, without a call
+        _release()
         return self._avail[1] != self._seen
 
     def needs_call(self) -> bool:
@@ -678,7 +699,8 @@ class Virtqueue:
         used = self._next_used
         before = self._called_for
         self._called_for = used
-        full_barrier()
+        _acquire()  # as full_barrier, without a call
+        _release()
         if not self._event_idx:
             return not self._avail[0] & VRING_AVAIL_F_NO_INTERRUPT
         # Where the event index lies between the two, modulo 65536 (vring_need_event of linux/virtio_ring.h).
