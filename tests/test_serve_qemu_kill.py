@@ -32,6 +32,8 @@ DISK = 64 * MIB
 MAC = "02:00:00:00:ab:0c"
 # How many are killed while they are at work, and not at any time.
 AT_WORK = 0.8
+# How many of these are in a system call, or have just come out of one. Others may be looking at their rings in vain.
+IN_A_CALL = 0.5
 # From one look whether a worker is at work to the next, in seconds.
 BETWEEN_LOOKS = 0.0, 0.01
 # Of x86-64 (asm/unistd_64.h): epoll_wait and epoll_pwait.
@@ -89,9 +91,10 @@ def kill_worker(launched: Launch, random: Random, *, at_work: bool) -> None:
     `at_work`: when it waits for nothing, but does what it was asked for; that is a small part of its time.
     """
     pid = worker_of(launched)
+    in_a_call = random.random() < IN_A_CALL
     with contextlib.suppress(ProcessLookupError, FileNotFoundError):
         deadline = time.monotonic() + HANGS_AFTER
-        while at_work and not stopped_at_work(pid):
+        while at_work and not stopped_at_work(pid, in_a_call=in_a_call):
             os.kill(pid, signal.SIGCONT)
             time.sleep(random.uniform(*BETWEEN_LOOKS))  # another moment
             assert time.monotonic() < deadline, "the worker has nothing to do"
@@ -99,12 +102,16 @@ def kill_worker(launched: Launch, random: Random, *, at_work: bool) -> None:
     wait_until(lambda: pid not in launched.workers().values(), "the killed worker is gone")
 
 
-def stopped_at_work(pid: int) -> bool:
-    """Stop a process; gives whether it was doing anything but waiting for something to do."""
+def stopped_at_work(pid: int, *, in_a_call: bool) -> bool:
+    """Stop a process; gives whether it was doing anything but sleep until there is something to do.
+
+    `in_a_call`: whether that has to be a system call.
+    """
     os.kill(pid, signal.SIGSTOP)
     wait_until(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T", "stopped")
     # proc(5): the number of the system call that it is in, -1 if it is in none.
-    return int(Path(f"/proc/{pid}/syscall").read_text().split()[0]) not in WAITING_CALLS
+    number = int(Path(f"/proc/{pid}/syscall").read_text().split()[0])
+    return number not in WAITING_CALLS and (number >= 0 or not in_a_call)
 
 
 # How many of each kind a worker has that serves nobody; its one socket is the one that it listens at.

@@ -67,15 +67,14 @@ if TYPE_CHECKING:
 _OFFSET_MAX = (1 << 63) - 1
 # Writes that are neighbours on the disk are done by one system call up to this size.
 _TOGETHER_BYTES = 64 << 10
+# So many requests are looked at and answered together: where this process is killed, more are not done again.
+_GROUP = 16
 # A driver that is told as they are done may have so many requests done before anything else is looked at.
 _MOST_WHEN_TOLD_EARLY = 2 * BATCH
 # Linux makes a request of few segments three of them: a header, data, and the status.
 _FEW_SEGMENTS = 3
 # Where the file system cannot make zeros, they are written, so many at a time.
 _ZERO_BYTES = 1 << 20
-
-# In a Request: whether its data is to be written, as a read has it.
-_TO_WRITE = 3
 
 _unpack_header = HEADER.unpack
 _unpack_header_at = HEADER.unpack_from
@@ -152,15 +151,13 @@ class Block(RequestDevice):
                     # A modern driver runs beside us. It hears of half of what it has in flight, and goes on with that
                     # while the other half is done. To tell it costs as much as several requests.
                     target = min((waiting + told + 1) // 2 if early else waiting, left)
-                most = min(waiting, target - untold)
+                most = min(waiting, left, _GROUP)
                 requests = queue.peek(most, HEADER_BYTES, STATUS_BYTES) if peeks else None
-                if requests and not requests[0][_TO_WRITE]:
-                    # Writes are cheaper together than told of early.
-                    requests = queue.peek(min(waiting, left), HEADER_BYTES, STATUS_BYTES)
                 done = 0
                 while requests and done < len(requests) and untold + done < target:
-                    rest = requests[done:] if done else requests
-                    written = self._do_reads(view, rest) or self._do_writes(view, rest)
+                    # Writes are cheaper together than told of early.
+                    written = self._do_reads(view, requests[done : target - untold])
+                    written = written or self._do_writes(view, requests[done:])
                     if not written:
                         break
                     queue.answer(written)
