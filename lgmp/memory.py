@@ -10,9 +10,9 @@ from __future__ import annotations
 import mmap
 import os
 import sys
-from types import TracebackType
 
 from lgmp import shared_file
+from lgmp.closing import Closing
 from lgmp.errors import LgmpError
 
 PAGE_SIZE = 4096
@@ -20,7 +20,7 @@ PAGE_SIZE = 4096
 DEVICE_PAGES = 256
 
 
-class GuestMemory:
+class GuestMemory(Closing):
     """The memory of one guest.
 
     `view` is the whole of it as a writable memoryview of bytes; `limit` is its size in bytes, the first
@@ -88,13 +88,3 @@ class GuestMemory:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-
-    def __enter__(self) -> GuestMemory:
-        """Nothing more to do."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close it."""
-        self.close()

@@ -23,10 +23,10 @@ import re
 import socket
 import struct
 import subprocess
-from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 from lgmp import shared_file, tap
+from lgmp.closing import Closing
 from lgmp.errors import LgmpError
 from lgmp.virtio.net import ETHERNET_MTU, HEADER_BYTES, HOST_OFFLOADS, MAC_BYTES
 
@@ -89,7 +89,7 @@ class UserOption(NamedTuple):
 NetworkOption = TapOption | UserOption
 
 
-class Network:
+class Network(Closing):
     """The host's side of one device: what the bus, the worker and the user are told of it.
 
     `mac` is the guest's; `offloads` the mask of virtio features that it has beyond plain frames; `mtu` the longest
@@ -108,16 +108,6 @@ class Network:
         self.offloads = offloads
         self.worker_options = worker_options
         self.descriptor = descriptor
-
-    def __enter__(self) -> Self:
-        """Nothing more to do."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Give it up."""
-        self.close()
 
     def close(self) -> None:
         """Give it up. Until then it outlives the worker that has it too, and a successor of that can have it."""

@@ -10,9 +10,8 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from types import TracebackType
-from typing import Self
 
+from lgmp.closing import Closing
 from lgmp.errors import LgmpError
 
 _MODE = 0o700
@@ -20,7 +19,7 @@ _MODE = 0o700
 _LONGEST_ADDRESS = 107
 
 
-class RuntimeDirectory:
+class RuntimeDirectory(Closing):
     """An open runtime directory, found to be the user's alone."""
 
     def __init__(self, path: str) -> None:
@@ -98,16 +97,6 @@ class RuntimeDirectory:
     def close(self) -> None:
         """Close it; what is in it stays."""
         os.close(self._descriptor)
-
-    def __enter__(self) -> Self:
-        """The directory."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close it."""
-        self.close()
 
 
 def _places() -> list[tuple[str, bool]]:

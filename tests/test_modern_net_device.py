@@ -18,6 +18,7 @@ import pytest
 import test_takeover as takeover
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from network_cards import NetworkCard
 from networks import GUEST_MAC, OTHER_MAC, Namespace, flood, frame, receive_test_frame
 from pyroute2 import IPRoute
 
@@ -25,7 +26,7 @@ import workers.net
 from lgmp.control import ERRORS
 from lgmp.network import Tap as HostTap
 from lgmp.tap import IFF_NO_PI, IFF_TAP, IFF_VNET_HDR, TUN_DEVICE, TUNSETIFF
-from lgmp.testing import PATIENCE, Buffer, Driver, Recorder, Used
+from lgmp.testing import PATIENCE, Buffer, Driver, Used
 from lgmp.virtio.ids import (
     VIRTIO_F_ANY_LAYOUT,
     VIRTIO_F_VERSION_1,
@@ -82,18 +83,12 @@ class Received:
         self.heads = heads
 
 
-class Card:
-    """A network device, its driver, and what it said."""
+class Card(NetworkCard[Received]):
+    """With a modern driver, which makes frames of merged buffers."""
 
     def __init__(self, link: Tap | Stream, accepted: int = MODERN, num: int = VIRTQUEUE_NUM) -> None:
-        self.driver = Driver(queues=QUEUES, num=num, ram=8 << 20)
-        self.said: list[str] = []
-        self.link = link
+        super().__init__(link, Driver(queues=QUEUES, num=num, ram=8 << 20), accepted)
         self.accepted = accepted
-        self.recorder = Recorder()
-        self.net = Net(link, say=self.said.append)
-        self.net.attach(self.queues(), self.recorder)
-        self.net.accept(accepted)
         self.chains: dict[int, list[Buffer]] = {}
 
     def queues(self) -> list[Virtqueue]:
@@ -111,9 +106,6 @@ class Card:
     def add_tx(self, *pieces: bytes) -> int:
         """Offer a frame with its header, in these pieces; gives its head."""
         return self.driver.queues[TRANSMIT_QUEUE].add([self.driver.buffer(piece) for piece in pieces])
-
-    def sent(self) -> list[Used]:
-        return self.driver.queues[TRANSMIT_QUEUE].collect()
 
     def received(self) -> list[Received]:
         """What came since the last time; each frame is here with all of its chains, which are full but the last one."""
@@ -143,9 +135,6 @@ class Card:
         assert used.written <= len(content)
         return content[: used.written], len(content)
 
-    def wants(self, event: int) -> bool:
-        return any(events & event for _, events in self.net.wants())
-
     def settle(self) -> None:
         """Serve it until it waits for us, whose kick comes first."""
         more = True
@@ -161,28 +150,12 @@ class Card:
             if not more and not ready:
                 return
 
-    def pump(self, count: int) -> list[Received]:
-        """Serve its descriptor until the driver has got `count` frames."""
-        received = self.received()
-        while len(received) < count:
-            assert self.wants(select.POLLIN)
-            poll = select.poll()
-            poll.register(self.link.fd, select.POLLIN)
-            assert poll.poll(PATIENCE * 1000), f"only {len(received)} frames came"
-            self.net.ready(self.link.fd, select.POLLIN)
-            received += self.received()
-        return received
-
     def restart(self, queues: Sequence[Virtqueue | IdleRing] | None = None, accepted: int | None = None) -> None:
         """The rings are taken from the device, and it has these then, else the same as other objects."""
         self.net.suspend()
         self.net.queues = self.queues() if queues is None else queues  # type: ignore[assignment]
         self.net.accept(self.accepted if accepted is None else accepted)
         self.net.resume()
-
-    def close(self) -> None:
-        self.net.close()
-        self.driver.close()
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Iterator
 
 import pytest
+from network_cards import NetworkCard
 from networks import GUEST_MAC, OTHER_MAC, Namespace, flood, frame, receive_test_frame
 from pyroute2 import IPRoute
 
@@ -29,7 +30,7 @@ from lgmp.tap import (
     may_be_given,
     offloads_for,
 )
-from lgmp.testing import PATIENCE, Buffer, Driver, Recorder, Used
+from lgmp.testing import PATIENCE, Buffer, Driver, Used
 from lgmp.virtio.ids import VIRTIO_F_ANY_LAYOUT, VIRTIO_RING_F_INDIRECT_DESC
 from lgmp.virtio.net import (
     HEADER_BYTES,
@@ -65,18 +66,12 @@ PACKET_VNET_HDR = 15
 SOL_PACKET = 263
 
 
-class Card:
-    """A network device, its driver, and what it said."""
+class Card(NetworkCard[Used]):
+    """With a driver of old, whose frames have their headers in buffers of their own."""
 
     def __init__(self, link: Tap | Stream, accepted: int = 1 << VIRTIO_RING_F_INDIRECT_DESC) -> None:
-        self.driver = Driver(queues=QUEUES)
-        self.recorder = Recorder()
-        self.said: list[str] = []
+        super().__init__(link, Driver(queues=QUEUES), accepted)
         self.headers: dict[int, Buffer] = {}
-        self.link = link
-        self.net = Net(link, say=self.said.append)
-        self.net.attach(self.driver.device_queues("eth0", indirect=False), self.recorder)
-        self.net.accept(accepted)
 
     def add_rx(self, room: int = 1514) -> tuple[int, Buffer]:
         """A buffer for a frame of `room` bytes; gives its head and where the frame will be."""
@@ -95,28 +90,6 @@ class Card:
 
     def received(self) -> list[Used]:
         return self.driver.queues[RECEIVE_QUEUE].collect()
-
-    def sent(self) -> list[Used]:
-        return self.driver.queues[TRANSMIT_QUEUE].collect()
-
-    def wants(self, event: int) -> bool:
-        return any(events & event for _, events in self.net.wants())
-
-    def pump(self, count: int) -> list[Used]:
-        """Serve its descriptor until the driver has got `count` frames."""
-        received = self.received()
-        while len(received) < count:
-            assert self.wants(select.POLLIN)
-            poll = select.poll()
-            poll.register(self.link.fd, select.POLLIN)
-            assert poll.poll(PATIENCE * 1000), f"only {len(received)} frames came"
-            self.net.ready(self.link.fd, select.POLLIN)
-            received += self.received()
-        return received
-
-    def close(self) -> None:
-        self.net.close()
-        self.driver.close()
 
 
 @pytest.fixture

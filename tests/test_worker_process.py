@@ -371,6 +371,7 @@ def test_a_worker_imports_nothing_of_the_launcher() -> None:
     ours = {module for module in modules if module.split(".")[0] in ("lgmp", "workers")}
     allowed = {"lgmp", "lgmp.control", "lgmp.errors", "lgmp.mailbox", "lgmp.memory", "workers", "workers.device"}
     allowed |= {
+        "lgmp.closing",
         "lgmp.title",
         "lgmp.confinement",
         "lgmp.shared_file",

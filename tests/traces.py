@@ -8,10 +8,10 @@ import socket
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 
 from launching import HANGS_AFTER, LGMP, Launch, Stream
 
+from lgmp.closing import Closing
 from lgmp.mailbox import ToWorker
 from lgmp.testing import WorkerProcess
 from lgmp.tracing import wire
@@ -26,7 +26,7 @@ def lgmp(*words: str | int | Path) -> tuple[int, str, str]:
     return ran.returncode, ran.stdout, ran.stderr
 
 
-class Tracing:
+class Tracing(Closing):
     """`lgmp trace` or `lgmp record` of a device of a guest, begun."""
 
     def __init__(self, launched: Launch, device: str, *words: str | Path, command: str = "trace") -> None:
@@ -44,14 +44,6 @@ class Tracing:
         except BaseException:
             self.close()
             raise
-
-    def __enter__(self) -> Tracing:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         self.process.kill()

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 import stat
-from types import TracebackType
 from typing import NamedTuple
 
+from lgmp.closing import Closing
 from lgmp.errors import LgmpError
 from lgmp.loader.memory_size import MAX_MEMORY_BYTES, in_mib
 from lgmp.memory import PAGE_SIZE, GuestMemory
@@ -37,7 +37,7 @@ def display_name(path: str) -> str:
     return path if path.isprintable() else repr(path)
 
 
-class ImageFile:
+class ImageFile(Closing):
     """An open kernel or initrd file: a non-empty regular file, read only within the size it had when opened.
 
     `name` is for messages, `size` is in bytes. A context manager: leaving it closes the file.
@@ -109,16 +109,6 @@ class ImageFile:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-
-    def __enter__(self) -> ImageFile:
-        """Return the open file."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close the file."""
-        self.close()
 
 
 class Segment(NamedTuple):

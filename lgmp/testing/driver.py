@@ -9,9 +9,9 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
+from lgmp.closing import Closing
 from lgmp.control import ControlPage
 from lgmp.memory import PAGE_SIZE, GuestMemory
 from lgmp.virtio.ids import (
@@ -155,7 +155,7 @@ def _link(buffer: Buffer, follows: int, more: bool) -> tuple[int, int]:
     return flags, follows if more else 0
 
 
-class Driver:
+class Driver(Closing):
     """A guest's memory, the control page of one device, and the driver's side of its rings: `queues`."""
 
     def __init__(
@@ -236,16 +236,6 @@ class Driver:
         """What a launcher and a driver do once a device has been reset: nothing is in flight, the rings are empty."""
         self.control.reset()
         self.queues = [DriverQueue(self.memory, layout) for layout in self.layouts]
-
-    def __enter__(self) -> Self:
-        """Nothing more to do."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close it."""
-        self.close()
 
     def close(self) -> None:
         """Give memory and control page back. A process that still has them keeps them."""

@@ -34,10 +34,10 @@ from array import array
 from collections.abc import Iterable, Sequence
 from itertools import count
 from time import monotonic, sleep
-from types import TracebackType
 from typing import NamedTuple, Self
 
 from lgmp import shared_file
+from lgmp.closing import Closing
 from lgmp.memory import DEVICE_PAGES, PAGE_SIZE, GuestMemory
 from lgmp.testing.driver import PATIENCE, RAM_BYTES, Driver, DriverQueue, Unexpected, Used
 from lgmp.vhost_user.messages import (
@@ -199,7 +199,7 @@ class Reply(NamedTuple):
         return int(U64.unpack(self.payload)[0])
 
 
-class InflightFile:
+class InflightFile(Closing):
     """A file in which a back end keeps the requests in flight of some rings: the front end's, for the next back end."""
 
     def __init__(self, descriptor: int, size: int, offset: int, queues: int, num: int) -> None:
@@ -223,16 +223,6 @@ class InflightFile:
     def heads(self, queue: int = 0) -> list[int]:
         """The heads of the chains in flight of a ring, oldest first."""
         return self.region(queue).heads()
-
-    def __enter__(self) -> Self:
-        """Nothing more to do."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close it."""
-        self.close()
 
     def close(self) -> None:
         """Give it back. A back end that still has it keeps it."""
@@ -395,7 +385,7 @@ class FrontEndRing:
             os.close(descriptor)
 
 
-class FrontEnd:
+class FrontEnd(Closing):
     """One connection to a back end, for the rings of one `driver`.
 
     `features` and `protocol_features` are those accepted; `rings` are as many as the driver has queues.
@@ -435,16 +425,6 @@ class FrontEnd:
     def has_protocol_features(self) -> bool:
         """Whether VHOST_USER_F_PROTOCOL_FEATURES was accepted, without which every ring that is started is enabled."""
         return bool(self.features >> VHOST_USER_F_PROTOCOL_FEATURES & 1)
-
-    def __enter__(self) -> Self:
-        """Nothing more to do."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close it."""
-        self.close()
 
     def close(self) -> None:
         """Hang up, and close the eventfds; may be called twice."""
@@ -627,7 +607,7 @@ def _take(eventfd: int) -> int:
         return 0
 
 
-class ServedWorker:
+class ServedWorker(Closing):
     """A worker process that serves one device by vhost-user, as `lgmp serve` starts it; killed at the end.
 
     `address` is what front ends connect to, one after the other; `process` is its Popen.
@@ -673,16 +653,6 @@ class ServedWorker:
     def connect(self, driver: Driver) -> FrontEnd:
         """A front end that is connected to it."""
         return FrontEnd.connect(self.address, driver)
-
-    def __enter__(self) -> Self:
-        """Nothing more to do."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close it."""
-        self.close()
 
     def stop(self) -> tuple[int, str]:
         """Have it end by SIGTERM; gives its exit status and what it has said on stderr."""

@@ -17,9 +17,9 @@ import sys
 from collections.abc import Sequence
 from itertools import count
 from time import monotonic
-from types import TracebackType
 from typing import Self
 
+from lgmp.closing import Closing
 from lgmp.mailbox import Mailbox, ToLauncher, ToWorker, create_pair, pack, unpack
 from lgmp.testing.driver import FEATURES, PATIENCE, Driver, Unexpected, Used
 
@@ -29,7 +29,7 @@ DEVICE = 0
 _numbers = count(1)
 
 
-class WorkerProcess:
+class WorkerProcess(Closing):
     """A worker process that serves `driver`'s rings; as a context manager it is killed at the end.
 
     `process` is its Popen, `mailbox` and `completions` are our ends of its message queues. `features` is what the
@@ -101,16 +101,6 @@ class WorkerProcess:
             self._pidfd = os.pidfd_open(self.process.pid)
             undo.callback(os.close, self._pidfd)
             self._belongings = undo.pop_all()
-
-    def __enter__(self) -> Self:
-        """Nothing more to do."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close it."""
-        self.close()
 
     def close(self) -> None:
         """Kill it where it still runs, and give back all that is this process's; memory and control page stay."""
