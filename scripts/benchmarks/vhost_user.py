@@ -1,8 +1,9 @@
 """How fast our block worker answers over vhost-user, beside qemu-storage-daemon doing the same with io_uring.
 
 Both serve one file to one client, the driver in vhost_client.c, which sleeps until it is interrupted, as a guest's
-driver does. The file lies in the page cache of a disk file system: what is measured is the way there and back, no disk.
-On a tmpfs the peer would be handicapped, as io_uring has no short way there, so that is refused.
+driver does. Our worker looks at its ring for a moment before it sleeps (workers/busy_wait.py); the peer does not, nor
+with an iothread that polls. The file lies in the page cache of a disk file system: what is measured is the way there
+and back, no disk. On a tmpfs the peer would be handicapped, as io_uring has no short way there, so that is refused.
 
 Every job runs several times on each, in turn (ours, theirs, theirs, ours, ...), so that a machine that slows down
 meanwhile slows down both; the ratio is that of two neighbours, and what is told is the median of those.
