@@ -50,7 +50,6 @@ from lgmp.virtio.block import (
     VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 )
 from lgmp.virtio.ids import VIRTIO_F_ANY_LAYOUT, VIRTIO_F_VERSION_1
-from lgmp.virtio.ring import RingError
 from workers.device import BATCH, IOV_MAX, Complaints, Device, RequestDevice, RequestError, skip
 
 TYPE_CHECKING = False  # as typing's, which is costly to import in a worker
@@ -258,8 +257,7 @@ class Block(RequestDevice):
         try:
             given = self.handle(number, readable, writable)
         except RequestError as error:
-            what = str(error).replace("{head}", str(head))
-            raise RingError(f"{queue.name}: descriptor {head}: {what}") from error
+            raise error.in_ring(queue.name, head) from error
         queue.push(head, given)
         return given
 

@@ -41,6 +41,10 @@ class RequestError(LgmpError):
     `{head}` in the message stands for the number of the request's first descriptor.
     """
 
+    def in_ring(self, name: str, head: int) -> RingError:
+        """The same, for the request `head` of the ring `name`."""
+        return RingError(f"{name}: descriptor {head}: {str(self).replace('{head}', str(head))}")
+
 
 class Complaints:
     """Says what goes wrong, at most once every `seconds`, with the number of complaints it kept to itself."""
@@ -207,8 +211,7 @@ class RequestDevice(Device):
                 else:
                     more = True
             except RequestError as error:
-                what = str(error).replace("{head}", str(head))
-                raise RingError(f"{queue.name}: descriptor {head}: {what}") from error
+                raise error.in_ring(queue.name, head) from error
             if head >= 0:
                 self.statistics[BYTES_IN] += total
                 self.notifier.used(number)

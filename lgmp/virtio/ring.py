@@ -454,6 +454,7 @@ class Virtqueue:
         self._peeked_from = at
         at = 2 + at % count
         if ready == 1:
+            # With a request at a time this and its like in `answer` make a seventh of all that a driver waits for.
             heads = [avail[at]]
         else:
             ready = min(ready, most, MOST_AT_ONCE)
@@ -690,8 +691,7 @@ class Virtqueue:
             self._avail_event[0] = self._seen
         else:
             self._used_head[0] = 0
-        _acquire()  # as full_barrier, without a call
-        _release()
+        full_barrier()
         return self._avail[1] != self._seen
 
     def needs_call(self) -> bool:
@@ -699,8 +699,7 @@ class Virtqueue:
         used = self._next_used
         before = self._called_for
         self._called_for = used
-        _acquire()  # as full_barrier, without a call
-        _release()
+        full_barrier()
         if not self._event_idx:
             return not self._avail[0] & VRING_AVAIL_F_NO_INTERRUPT
         # Where the event index lies between the two, modulo 65536 (vring_need_event of linux/virtio_ring.h).
